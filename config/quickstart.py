@@ -1,0 +1,20 @@
+"""A small GPT on the documentation that comes with Python, on any CPU in under two minutes: make quickstart."""
+out_dir = 'out/quickstart'
+init_from = 'auto'
+dataset = 'stdlib'
+device = 'cpu'
+compile = False  # not worth its start-up at this size
+batch_size = 16
+gradient_accumulation_steps = 1
+block_size = 128
+n_layer = 4
+n_head = 4
+n_embd = 128
+learning_rate = 2e-3
+min_lr = 2e-4
+warmup_iters = 50
+max_iters = 600
+eval_interval = 100
+eval_tokens = 65_536
+log_interval = 20
+save_interval = 200

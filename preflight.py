@@ -1,0 +1,227 @@
+"""Preflight: everything that can be known to go wrong before the first step, and one table of what will happen."""
+import os
+import shutil
+from dataclasses import fields
+from typing import NamedTuple
+
+import torch
+
+from model import GPT, GPTConfig, attention_backend
+from prepare import open_data
+from rundir import load_checkpoint, read_json
+from settings import Refused
+
+# Dense bfloat16 FLOP/s by a part of the device's name, from the vendors' data sheets; the first match counts.
+PEAK_FLOPS = {
+    'B200': 2250e12, 'H200': 989e12, 'H100 PCIe': 756e12, 'H100': 989e12, 'GH200': 989e12, 'A100': 312e12, 'L40S': 362e12,
+    'L4': 121e12, 'A10G': 70e12, 'RTX 5090': 210e12, 'RTX 4090': 165e12, 'RTX 3090': 71e12, 'MI355X': 2500e12,
+    'MI325X': 1307e12, 'MI300X': 1307e12, 'MI250': 181e12, 'W7900': 123e12, '7900 XTX': 123e12}
+
+# A resumed run may change these; everything else is what makes it the same run.
+FREE_ON_RESUME = set('''out_dir init_from device compile oom allow_math_attention tracker data_dir batch_size
+    gradient_accumulation_steps loss_chunk_tokens lr_decay_iters max_iters eval_interval eval_tokens log_interval
+    save_interval diverge_nats diverge_steps deterministic'''.split())
+
+
+class Machine(NamedTuple):
+    device: torch.device
+    dtype: torch.dtype  # of the matrices at work
+    rank: int
+    world: int  # processes; torchrun sets rank and world
+    name: str
+    peak_flops: float | None
+
+
+def find_machine(asked, dtype):
+    """(Machine, problems) for the settings device and dtype; ranks come from torchrun's environment."""
+    problems, gpu = [], torch.cuda.is_available()
+    rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    kind = ('cuda' if gpu else 'cpu') if asked == 'auto' else asked
+    if kind.startswith('cuda') and not gpu:
+        problems.append(f"device='{asked}': this PyTorch ({torch.__version__}) sees no GPU; use --device=cpu or install "
+                        'a build for your GPU (CUDA or ROCm)')
+        kind = 'cpu'
+    if kind == 'cuda' and world > 1:
+        kind = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    if kind.startswith('cuda:') and int(kind[5:]) >= torch.cuda.device_count():
+        problems.append(f"device='{kind}': there are {torch.cuda.device_count()} GPUs, numbered from 0")
+        kind = 'cuda:0'
+    device = torch.device(kind)
+    numbers = {'auto': torch.bfloat16 if device.type == 'cuda' else torch.float32,
+               'float32': torch.float32, 'bfloat16': torch.bfloat16}[dtype]
+    name = torch.cuda.get_device_name(device) if device.type == 'cuda' else f'CPU, {torch.get_num_threads()} threads'
+    peak = next((flops for part, flops in PEAK_FLOPS.items() if part in name), None) if device.type == 'cuda' else None
+    return Machine(device, numbers, rank, world, name, peak), problems
+
+
+def preflight(s, problems):
+    """(machine, data) for these settings, or Refused with every problem at once, those in `problems` included."""
+    machine, more = find_machine(s.device, s.dtype)
+    problems, data, needed = problems + more, None, 0
+    if s.gradient_accumulation_steps % machine.world:
+        problems.append(f'gradient_accumulation_steps={s.gradient_accumulation_steps}: counts the micro-batches of all ranks, '
+                        f'so it must be a multiple of the {machine.world} processes')
+    try:
+        data = open_data(s.data_dir or os.path.join('data', s.dataset), s.dataset)
+        problems += check_data(s, data)
+    except Refused as refused:
+        problems += refused.problems
+    if data and not problems:
+        with torch.device('meta'):
+            parameters = GPT(model_config(s, data.vocab_size)).parameter_count()
+        needed = parameters * 4 * (3 + 1) * 2  # last.pt and best.pt in float32, each beside the one it replaces
+    problems += check_out_dir(s, needed)
+    if problems:
+        raise Refused(problems)
+    return machine, data
+
+
+def model_config(s, vocab_size):
+    """The model these settings describe."""
+    return GPTConfig(vocab_size=vocab_size, **{f.name: getattr(s, f.name) for f in fields(GPTConfig) if hasattr(s, f.name)})
+
+
+def check_data(s, data):
+    """Problems of the settings with this data set."""
+    problems = []
+    for split, stream in (('train', data.train), ('val', data.val)):
+        if stream.windows(s.block_size) < 1:
+            problems.append(f'block_size={s.block_size}: the {split} split of {data.name} has {stream.tokens} tokens, '
+                            f'too few for one sequence of {s.block_size} + 1')
+    if s.eval_tokens > data.val.tokens:
+        problems.append(f'eval_tokens={s.eval_tokens}: the validation split has {data.val.tokens} tokens; 0 scores all of them')
+    return problems
+
+
+def check_out_dir(s, free_bytes_needed):
+    """Problems of the run directory: another run in it, nothing to resume, no disk space."""
+    problems, last = [], os.path.join(s.out_dir, 'last.pt')
+    holds_run = any(os.path.exists(os.path.join(s.out_dir, f)) for f in ('last.pt', 'best.pt', 'summary.json'))
+    if s.init_from == 'scratch' and holds_run:
+        problems.append(f"out_dir='{s.out_dir}' holds another run; continue it with --init_from=resume or choose another --out_dir")
+    if s.init_from == 'resume' and not os.path.exists(last):
+        problems.append(f"init_from='resume': there is no {last}; check out_dir or use --init_from=scratch")
+    if os.path.exists(s.out_dir) and not os.path.isdir(s.out_dir):
+        return problems + [f"out_dir='{s.out_dir}' is a file; choose another --out_dir"]
+    parent = os.path.abspath(s.out_dir)
+    while not os.path.exists(parent):
+        parent = os.path.dirname(parent)
+    if not os.access(parent, os.W_OK):
+        problems.append(f"out_dir='{s.out_dir}': {parent} is not writable; choose another --out_dir")
+    free = shutil.disk_usage(parent).free
+    if free < free_bytes_needed:
+        problems.append(f"out_dir='{s.out_dir}': the checkpoints need {size(free_bytes_needed)}, the disk has {size(free)} left; "
+                        'free some or choose another --out_dir')
+    return problems
+
+
+def checkpoint_to_resume(s, data):
+    """The content of last.pt if the run is to be continued, else None. Refused if it is not the same run."""
+    path = os.path.join(s.out_dir, 'last.pt')
+    if s.init_from == 'scratch' or (s.init_from == 'auto' and not os.path.exists(path)):
+        return None
+    saved = load_checkpoint(path)
+    before, problems = saved['settings'], []
+    for key, value in vars(s).items():
+        if key not in FREE_ON_RESUME and before.get(key) != value:
+            problems.append(f'{key}={value!r}: the run in {s.out_dir} has {key}={before.get(key)!r}; keep it, or start another run '
+                            'with another --out_dir')
+    for what, now, then in (
+            ('batch_size x gradient_accumulation_steps', effective_batch(s), before['batch_size'] * before['gradient_accumulation_steps']),
+            ('lr_decay_iters (0: max_iters)', s.lr_decay_iters or s.max_iters, before['lr_decay_iters'] or before['max_iters'])):
+        if now != then:
+            problems.append(f'{what} = {now}: the run in {s.out_dir} has {then}; keep it, or start another run with another --out_dir')
+    if saved['fingerprint'] != data.fingerprint:
+        problems.append(f"data in {data.folder} changed: fingerprint {data.fingerprint}, the run in {s.out_dir} was trained on "
+                        f"{saved['fingerprint']}; restore that data, or start another run with another --out_dir")
+    if problems:
+        raise Refused(problems)
+    return saved
+
+
+def is_finished(s):
+    """True if out_dir already holds this run with all its updates done."""
+    summary = read_json(os.path.join(s.out_dir, 'summary.json')) if s.init_from != 'scratch' else None
+    return bool(summary) and summary['exit_reason'] == 'finished' and summary['steps'] >= s.max_iters
+
+
+def effective_batch(s):
+    """Sequences an update, whatever the number of GPUs."""
+    return s.batch_size * s.gradient_accumulation_steps
+
+
+def predicted_memory(s, config, dtype, parameters, world):
+    """{part: bytes} on one device. Activations are an estimate, the rest is counted.
+
+    A block saves 10 widths a token when compiled (residual x 2, qkv x 3, attention, 4 of the MLP; the rest is
+    computed again in the backward), 17 when not, and the float32 input of each LayerNorm.
+    """
+    element = torch.finfo(dtype).bits // 8
+    tokens = s.batch_size * s.block_size
+    a_block = (10 * element if s.compile else 17 * element + 2 * 4) * tokens * s.n_embd
+    chunk = min(s.loss_chunk_tokens, tokens) * config.padded_vocab_size
+    return {
+        'working weights': parameters * element if element < 4 else 0,
+        'master weights': parameters * 4,
+        'moments': parameters * 8,
+        'gradients': parameters * (4 + element),
+        'activations': s.n_layer * a_block + 2 * tokens * s.n_embd * element,
+        'logits': chunk * (element + 4 if s.compile else element + 4 * 4) + config.padded_vocab_size * s.n_embd * 4,
+    }
+
+
+def size(n):
+    return f'{n / 2**30:.2f} GiB' if n >= 2**28 else f'{n / 2**20:.1f} MiB'
+
+
+def table(s, machine, data, model, start_step):
+    """The preflight table as text. Refused if a GPU would fall to math attention without permission."""
+    tokens_a_step = effective_batch(s) * s.block_size
+    epochs = s.max_iters * tokens_a_step / (data.train.windows(s.block_size) * s.block_size)
+    backend = attention_backend(model.config, s.batch_size, machine.device, machine.dtype)
+    if backend == 'math' and machine.device.type == 'cuda' and not s.allow_math_attention:
+        raise Refused(f'attention would run unfused (math) on {machine.name}: O(block_size^2) memory and slow; use --dtype=bfloat16 '
+                      'and a head width that fused kernels support, or permit it with --allow_math_attention=True')
+    memory = predicted_memory(s, model.config, machine.dtype, model.parameter_count(), machine.world)
+    peak = f'{machine.peak_flops / 1e12:.0f} TFLOP/s peak in bfloat16' if machine.peak_flops else 'peak unknown, no MFU'
+    micro = s.gradient_accumulation_steps // machine.world
+    rows = [
+        ('effective batch', f'{s.batch_size} sequences x {s.gradient_accumulation_steps} micro-batches = {effective_batch(s)} sequences '
+                            + (f'({machine.world} processes, {micro} each)' if machine.world > 1 else '')),
+        ('tokens a step', f'{effective_batch(s)} x {s.block_size} = {tokens_a_step:,}'),
+        ('tokens of the run', f'{s.max_iters:,} steps = {s.max_iters * tokens_a_step:,} = {epochs:.3g} epochs of {data.train.tokens:,}'),
+        ('data', f'{data.name}, {data.tokenizer}, {data.vocab_size} tokens, fingerprint {data.fingerprint[:16]}'),
+        ('evaluation', f'{s.eval_tokens or data.val.tokens:,} of {data.val.tokens:,} tokens every {s.eval_interval} steps'),
+        ('device', f'{machine.name}, {peak}'),
+        ('numbers', f'{str(machine.dtype)[6:]} at work, float32 masters, moments and gradients'),
+        ('attention', f'{backend}' + (' (unfused, as allowed)' if backend == 'math' and machine.device.type == 'cuda' else '')),
+        ('compile', 'yes, proven after the first steps' if s.compile else 'no'),
+        ('memory, predicted', f'{size(sum(memory.values()))}: ' + ', '.join(f'{part} {size(n)}' for part, n in memory.items() if n)),
+        ('parameters', f'{model.parameter_count():,}; {prunable(model):,} prunable (matrices of the blocks); no pruning'),
+        ('learning rate', f'{s.warmup_iters} warm-up, {s.learning_rate:g} -> {s.min_lr:g} at {s.lr_decay_iters or s.max_iters}'),
+        ('run directory', s.out_dir + (f', continued from step {start_step}' if start_step else '')),
+    ]
+    lines = ['preflight'] + [f'  {name:<18s} {text}' for name, text in rows]
+    return '\n'.join(lines + [f'  {"note":<18s} {note}' for note in notes(s, machine, memory, epochs)])
+
+
+def prunable(model):
+    """Elements of the linear weights of the transformer blocks."""
+    return sum(p.numel() for p in model.blocks.parameters() if p.dim() == 2)
+
+
+def notes(s, machine, memory, epochs):
+    """Choices that are allowed but costly or risky."""
+    total = sum(memory.values())
+    if machine.device.type == 'cuda':
+        available = torch.cuda.get_device_properties(machine.device).total_memory
+        if total > available:
+            yield f'predicted memory {size(total)} is above the {size(available)} of the device; oom={s.oom!r} decides what happens'
+        if machine.dtype == torch.float32:
+            yield 'float32 on a GPU: several times slower than bfloat16'
+        if not s.compile:
+            yield 'not compiled: slower and more memory'
+    if epochs > 4:
+        yield f'{epochs:.1f} epochs: beyond about 4, repeated text teaches little (arXiv 2305.16264)'
+    if s.grad_clip == 0:
+        yield 'grad_clip=0: one bad batch can end the run'

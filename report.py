@@ -1,0 +1,123 @@
+"""Runs side by side: a table, what makes them unfair to compare, and a picture.
+
+    python report.py out/quickstart
+    python report.py out/a out/b --plot=out/compared.png
+"""
+import os
+import sys
+from dataclasses import dataclass
+
+from rundir import read_json, read_metrics
+from settings import Refused, help_text, parse
+
+COLUMNS = (  # heading, key of summary.json, how to write it
+    ('steps', 'steps', '{:,}'), ('tokens', 'tokens', '{:,}'), ('val loss', 'val_loss', '{:.4f}'), ('perplexity', 'val_ppl', '{:.2f}'),
+    ('best loss', 'best_val_loss', '{:.4f}'), ('tok/s', 'tokens_per_second', '{:,.0f}'), ('MFU', 'mfu', '{:.1%}'),
+    ('peak GiB', 'peak_memory_bytes', '{:.2f}'), ('graphs', 'compiled_graphs', '{}'), ('breaks', 'graph_breaks', '{}'),
+    ('rung', 'rung', '{}'), ('ended', 'exit_reason', '{}'))
+
+
+@dataclass
+class ReportSettings:
+    plot: str = ''  # picture to write; empty: loss.png in the run directory, or report.png in the current one for several
+
+
+def load_run(folder):
+    """dict(name, summary, config, metrics) of a run directory; Refused if it is none."""
+    summary, config = (read_json(os.path.join(folder, f)) for f in ('summary.json', 'config.json'))
+    if summary is None or config is None:
+        raise Refused(f"'{folder}' has no summary.json and config.json: not a run directory, or a run that has not ended")
+    return dict(name=os.path.basename(os.path.normpath(folder)), folder=folder, summary=summary, config=config,
+                metrics=read_metrics(os.path.join(folder, 'metrics.jsonl')))
+
+
+def table(runs):
+    """The runs' summaries as aligned text, a line a run."""
+    rows = [['run'] + [heading for heading, _, _ in COLUMNS]]
+    for run in runs:
+        cells = [run['name']]
+        for _, key, form in COLUMNS:
+            value = run['summary'].get(key)
+            cells.append('-' if value is None else form.format(value / 2**30 if key == 'peak_memory_bytes' else value))
+        rows.append(cells)
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return '\n'.join('  '.join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))) for row in rows)
+
+
+def unfair(runs):
+    """Lines that say why these runs must not be compared just so."""
+    lines = []
+    views = {'data set': lambda r: r['summary']['dataset'], 'data fingerprint': lambda r: r['summary']['fingerprint'],
+             'tokens trained on': lambda r: r['summary']['tokens'], 'effective batch': lambda r: r['summary']['effective_batch'],
+             'tokens evaluated (eval_tokens)': lambda r: r['config']['settings']['eval_tokens'],
+             'block_size': lambda r: r['config']['settings']['block_size'], 'seed': lambda r: r['config']['settings']['seed'],
+             'parameters': lambda r: r['summary']['parameters'], 'numbers': lambda r: r['config']['dtype'],
+             'code': lambda r: r['config']['commit'][:12]}
+    for what, view in views.items():
+        if len({view(run) for run in runs}) > 1:
+            lines.append(f'{what} differs: ' + ', '.join(f"{run['name']} {view(run)}" for run in runs))
+    for run in runs:
+        if run['summary']['exit_reason'] != 'finished':
+            lines.append(f"{run['name']} did not finish: {run['summary']['exit_reason']}")
+        if run['summary']['rung']:
+            lines.append(f"{run['name']} ran out of memory and took another way: {run['summary'].get('rung_label')}")
+        if run['config']['edited']:
+            lines.append(f"{run['name']} was made by code that differs from its commit")
+    return lines
+
+
+def plot(runs, path):
+    """Loss over tokens and learning rate over tokens, to a PNG at `path`."""
+    import matplotlib
+    matplotlib.use('Agg')  # no display needed
+    from matplotlib import pyplot
+
+    figure, (top, bottom) = pyplot.subplots(2, 1, figsize=(8, 6), sharex=True, height_ratios=(3, 1), layout='constrained')
+    for i, run in enumerate(runs):
+        color, a_step = f'C{i}', run['summary']['tokens'] / max(1, run['summary']['steps'])
+        trained = [r for r in run['metrics'] if 'loss' in r]
+        evaluated = [r for r in run['metrics'] if 'val_loss' in r]
+        top.plot([r['tokens'] for r in trained], [r['loss'] for r in trained], color=color, alpha=0.35, linewidth=1,
+                 label=f"{run['name']}, training")
+        top.plot([r['step'] * a_step for r in evaluated], [r['val_loss'] for r in evaluated], color=color, marker='o', markersize=3,
+                 label=f"{run['name']}, validation: {run['summary']['val_loss']:.3f}")
+        bottom.plot([r['tokens'] for r in trained], [r['lr'] for r in trained], color=color)
+    top.set_ylabel('loss (nat a token)')
+    top.legend()
+    bottom.set_ylabel('learning rate')
+    bottom.set_xlabel('training tokens')
+    for axis in (top, bottom):
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def main(argv):
+    """Print the table and write the picture; returns the exit code."""
+    folders = [a for a in argv if not a.startswith('--')]
+    if '--help' in argv or not folders:
+        print(help_text(ReportSettings, __doc__))
+        return 0 if '--help' in argv else 2
+    s, problems = parse(ReportSettings, [a for a in argv if a.startswith('--')], config_files=False)
+    runs = []
+    for folder in folders:
+        try:
+            runs.append(load_run(folder))
+        except Refused as refused:
+            problems += refused.problems
+    if problems:
+        raise Refused(problems)
+    print(table(runs))
+    for line in unfair(runs):
+        print(f'  careful: {line}')
+    path = s.plot or (os.path.join(folders[0], 'loss.png') if len(runs) == 1 else 'report.png')
+    plot(runs, path)
+    print(f'picture: {path}')
+    return 0
+
+
+if __name__ == '__main__':
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except Refused as refused:
+        sys.exit(refused.report())

@@ -1,0 +1,219 @@
+"""Settings: the one typed list of what a run can be told, and the one check that all of it goes through.
+
+Config files and --key=value end up in the same dataclass. Whatever is unknown, of the wrong type or
+impossible becomes one line that names the culprit, its value and the fix. All problems are collected
+before anything is said, and no value is ever clamped, ignored or replaced.
+"""
+import dataclasses
+import difflib
+import inspect
+import math
+import os
+import re
+import sys
+import types
+from dataclasses import dataclass
+from typing import Literal, get_args, get_origin
+
+
+@dataclass
+class Settings:
+    # --- run -----------------------------------------------------------------------------------------
+    out_dir: str = 'out/run'  # run directory: config, log, metrics, checkpoints, summary
+    init_from: Literal['scratch', 'resume', 'auto'] = 'scratch'  # auto: resume if out_dir has last.pt, else scratch
+    seed: int = 1337  # decides weights, data order and dropout (nanoGPT's value)
+    device: str = 'auto'  # auto, cpu, cuda or cuda:N (ROCm's devices are called cuda too); auto: GPU if there is one
+    dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'  # of the matrices at work; auto: bfloat16 on a GPU, else float32
+    compile: bool = True  # torch.compile; proven after the first steps, an error if nothing was compiled
+    deterministic: bool = False  # bit-identical repetition on a GPU, slower; on a CPU it always is
+    oom: Literal['fallback', 'fail'] = 'fallback'  # out of memory: step down a ladder that keeps the effective batch, or stop
+    allow_math_attention: bool = False  # let a GPU run attention unfused: O(block_size^2) memory
+    tracker: Literal['none', 'wandb', 'trackio', 'tensorboard'] = 'none'  # besides metrics.jsonl; its failure never stops a run
+    # --- data ----------------------------------------------------------------------------------------
+    dataset: str = 'fineweb_edu'  # name in the data's meta.json; 'unlabelled' for shards that have none
+    data_dir: str = ''  # folder of the token shards; empty: data/<dataset>
+    batch_size: int = 32  # sequences a micro-batch
+    gradient_accumulation_steps: int = 4  # micro-batches an update, all ranks together
+    block_size: int = 1024  # tokens a sequence (GPT-2)
+    # --- model (defaults: GPT-2 124M) ----------------------------------------------------------------
+    n_layer: int = 12  # blocks
+    n_head: int = 12  # attention heads a block
+    n_embd: int = 768  # width
+    dropout: float = 0.0  # probability; 0 for pre-training (nanoGPT), 0.1 in the GPT-2 paper's code
+    bias: bool = False  # in linear layers and LayerNorms; True is GPT-2, False is nanoGPT's default
+    loss_chunk_tokens: int = 4096  # tokens whose logits exist at the same time: memory is this x vocabulary
+    # --- optimizer (nanoGPT's GPT-2 values, after GPT-3, arXiv 2005.14165 appendix B) -----------------
+    optimizer: Literal['adamw'] = 'adamw'  # decoupled weight decay, arXiv 1711.05101
+    learning_rate: float = 6e-4  # peak
+    min_lr: float = 6e-5  # at the end of the cosine; a tenth of the peak (Chinchilla, arXiv 2203.15556)
+    warmup_iters: int = 2000  # updates of linear warm-up
+    lr_decay_iters: int = 0  # update at which min_lr is reached; 0: max_iters
+    max_iters: int = 50_000  # updates
+    weight_decay: float = 0.1  # a unit of learning rate, on matrices only
+    beta1: float = 0.9  # decay of the first moment
+    beta2: float = 0.95  # decay of the second moment
+    eps: float = 1e-8  # added to sqrt(v): PyTorch's AdamW
+    grad_clip: float = 1.0  # global gradient norm; 0: no clipping
+    # --- evaluation, logging, safety -----------------------------------------------------------------
+    eval_interval: int = 500  # updates between evaluations
+    eval_tokens: int = 1_048_576  # first tokens of the validation split that are scored; 0: all
+    log_interval: int = 10  # updates between log lines, the only points where the host waits for the device
+    save_interval: int = 1000  # updates between last.pt checkpoints
+    diverge_nats: float = 1.0  # a loss this far above its running best ...
+    diverge_steps: int = 200  # ... for this many updates stops the run with exit code 3
+
+
+class Refused(Exception):
+    """What was asked for cannot be done. `problems` lists every reason, one line each."""
+
+    def __init__(self, problems):
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        super().__init__('\n'.join(self.problems))
+
+    def report(self):
+        """Print the problems; returns the exit code for them."""
+        print('refused:\n' + '\n'.join(f'  - {problem}' for problem in self.problems), file=sys.stderr)
+        return 2
+
+
+def type_name(kind):
+    return ' | '.join(get_args(kind)) if get_origin(kind) is Literal else kind.__name__
+
+
+def convert(key, value, kind):
+    """`value` as `kind`, or ValueError. Text comes from the command line, other types from a config file."""
+    text = isinstance(value, str)
+    if get_origin(kind) is Literal:
+        if value in get_args(kind):
+            return value
+        close = difflib.get_close_matches(str(value), get_args(kind), 1)
+        hint = f"; did you mean '{close[0]}'?" if close else ''
+        raise ValueError(f"{key}={value!r} is not one of {', '.join(get_args(kind))}{hint}")
+    if kind is str and text:
+        return value
+    if kind is bool:
+        if isinstance(value, bool):
+            return value
+        if text and value.lower() in ('true', 'false'):
+            return value.lower() == 'true'
+        raise ValueError(f'{key}={value!r} is not a bool: write True or False')
+    if kind is int:
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+        if text and re.fullmatch(r'[+-]?\d+(_\d+)*', value):
+            return int(value)
+        raise ValueError(f'{key}={value!r} is not an int')
+    if kind is float:
+        try:
+            number = float(value) if not isinstance(value, bool) else math.nan
+        except (TypeError, ValueError):
+            number = math.nan
+        if math.isfinite(number):
+            return number
+        raise ValueError(f'{key}={value!r} is not a finite float')
+    raise ValueError(f'{key}={value!r} is not a {type_name(kind)}')
+
+
+def read_config(path):
+    """The settings a config file assigns. Names with a leading underscore and imports are its own business."""
+    try:
+        with open(path) as f:
+            source = f.read()
+    except OSError as error:
+        folder = os.path.dirname(path) or '.'
+        there = sorted(f for f in os.listdir(folder) if f.endswith('.py')) if os.path.isdir(folder) else []
+        close = difflib.get_close_matches(os.path.basename(path), there, 1)
+        hint = f"; did you mean '{os.path.join(folder, close[0])}'?" if close else ''
+        raise ValueError(f"config file '{path}' cannot be read: {error.strerror}{hint}") from None
+    names = {}
+    try:
+        exec(compile(source, path, 'exec'), {'__name__': 'config', '__file__': path}, names)
+    except SyntaxError as error:
+        raise ValueError(f"config file '{path}' line {error.lineno}: {error.msg}") from None
+    except Exception as error:
+        raise ValueError(f"config file '{path}': {type(error).__name__}: {error}") from None
+    return {k: v for k, v in names.items() if not k.startswith('_') and not isinstance(v, types.ModuleType)}
+
+
+def parse(cls, argv, config_files=True):
+    """(instance of the dataclass `cls`, problems): config files and --key=value in order, later wins.
+
+    A value that is refused leaves the setting as it was, so that the rest can still be checked.
+    """
+    kinds = {f.name: f.type for f in dataclasses.fields(cls)}
+    settings, problems = cls(), []
+
+    def assign(where, key, value):
+        if key not in kinds:
+            close = difflib.get_close_matches(key.replace('-', '_').lower(), kinds, 1)
+            hint = f"did you mean '{close[0]}'?" if close else '--help lists all settings'
+            problems.append(f"{where}: unknown setting '{key}' (value {value!r}); {hint}")
+            return
+        try:
+            setattr(settings, key, convert(key, value, kinds[key]))
+        except ValueError as error:
+            problems.append(f'{where}: {error}')
+
+    for argument in argv:
+        if argument.startswith('--'):
+            key, equals, value = argument[2:].partition('=')
+            if equals:
+                assign('command line', key, value)
+            else:
+                problems.append(f"command line: '{argument}' has no value; write --{key}=VALUE")
+        elif config_files and argument.endswith('.py'):
+            try:
+                for key, value in read_config(argument).items():
+                    assign(argument, key, value)
+            except ValueError as error:
+                problems.append(str(error))
+        else:
+            forms = 'config/FILE.py or --key=value' if config_files else '--key=value'
+            problems.append(f"command line: '{argument}' is not of the form {forms}")
+    return settings, problems
+
+
+def help_text(cls, usage):
+    """Every setting with type, default and the comment that stands behind it in the source."""
+    lines = [usage, '']
+    for line in inspect.getsource(cls).splitlines():
+        if found := re.match(r'    (\w+): .*?  # (.*)', line):
+            field = cls.__dataclass_fields__[found[1]]
+            default = f'{field.name}={field.default!r}'
+            lines.append(f'  --{default:34s} {type_name(field.type)}\n        {found[2]}')
+        elif found := re.match(r'    # -+ (.*?) -+$', line):
+            lines.append(f'{found[1]}:')
+    return '\n'.join(lines)
+
+
+def check(s):
+    """Problems of a Settings that need no look at the data or the machine: ranges and combinations."""
+    problems = []
+
+    def require(condition, *keys, must):
+        if not condition:
+            told = ' '.join(f'{k}={getattr(s, k)!r}' for k in keys)
+            problems.append(f'{told}: {must}')
+
+    for key in ('batch_size gradient_accumulation_steps block_size n_layer n_head n_embd loss_chunk_tokens '
+                'max_iters eval_interval log_interval save_interval diverge_steps').split():
+        require(getattr(s, key) >= 1, key, must='must be at least 1')
+    for key in 'seed warmup_iters lr_decay_iters eval_tokens learning_rate min_lr weight_decay grad_clip'.split():
+        require(getattr(s, key) >= 0, key, must='must not be negative')
+    for key in ('beta1', 'beta2', 'dropout'):
+        require(0 <= getattr(s, key) < 1, key, must='must be at least 0 and below 1')
+    for key in ('eps', 'diverge_nats'):
+        require(getattr(s, key) > 0, key, must='must be above 0')
+    if s.n_head >= 1:
+        require(s.n_embd % s.n_head == 0, 'n_embd', 'n_head',
+                must=f'the width must be a multiple of the heads, e.g. n_embd={max(1, s.n_embd // s.n_head) * s.n_head}')
+    decay_iters = s.lr_decay_iters or s.max_iters
+    require(s.warmup_iters < decay_iters, 'warmup_iters', 'max_iters', 'lr_decay_iters',
+            must=f'the warm-up must end before the decay does ({decay_iters})')
+    require(s.min_lr <= s.learning_rate, 'min_lr', 'learning_rate', must='min_lr must not be above learning_rate')
+    require(s.eval_tokens == 0 or s.eval_tokens >= s.block_size, 'eval_tokens', 'block_size',
+            must='must hold at least one sequence; 0 scores the whole split')
+    require(re.fullmatch(r'auto|cpu|cuda(:\d+)?', s.device), 'device', must='must be auto, cpu, cuda or cuda:N')
+    require(s.out_dir, 'out_dir', must='must name a folder')
+    require(s.dataset, 'dataset', must='must name a data set')
+    return problems

@@ -1,0 +1,478 @@
+"""Train GPT-2.
+
+    python train.py config/vanilla_baseline.py --batch_size=16
+    torchrun --nproc_per_node=8 train.py config/vanilla_baseline.py
+    python train.py --help
+
+Exit codes: 0 finished, 1 failed, 2 refused (the message says why), 3 diverged or NaN, 130 after Ctrl-C and 143 after
+SIGTERM, both saved at a step boundary. A run is continued with --init_from=resume.
+"""
+import contextlib
+import gc
+import math
+import os
+import resource
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch._dynamo.utils import counters
+
+from model import GPT
+from optim import build_optimizer, flatten, gradient_norm, learning_rate_at, load_named_state, named_state
+from prepare import window_order
+from preflight import checkpoint_to_resume, effective_batch, is_finished, model_config, preflight, table
+from rundir import RunLog, provenance, save_checkpoint, write_json
+from settings import Refused, Settings, check, help_text, parse
+
+
+@dataclass
+class Progress:
+    """What a run knows besides its tensors; saved in last.pt."""
+    step: int = 0  # updates done
+    seconds: float = 0.0  # of training, evaluation and saving, over all sessions
+    rung: int = 0  # of the out-of-memory ladder
+    val_loss: float = math.inf  # latest
+    best_val_loss: float = math.inf
+    lowest_loss: float = math.inf  # running best of the logged training losses
+    above_since: int = -1  # first step of the present stretch far above lowest_loss; -1: none
+
+
+@dataclass
+class Run:
+    """Everything the functions below share."""
+    settings: Settings  # as asked
+    active: Settings  # in force: differs only by the out-of-memory ladder
+    machine: Any  # preflight.Machine
+    data: Any  # prepare.Data
+    log: RunLog
+    model: GPT
+    flats: list
+    optimizer: Any
+    progress: Progress
+    forward: Any = None  # the model, compiled if so asked
+    bad_step: Any = None  # 0-dim int64 on the device: first step without finite gradients, -1: none
+    stop_signal: int = 0
+    graphs: tuple = (0, 0)  # (compiled graphs, graph breaks) when last looked at
+    graphs_before: tuple = (0, 0)  # of this process, before this model was compiled
+    mark: float = 0.0  # time of the last log step, moved on by what evaluation and saving took
+    mark_step: int = 0
+    start_step: int = 0  # where this session began
+    began: float = field(default_factory=time.monotonic)
+    speed: dict = field(default_factory=dict)  # latest tokens_per_second, mfu
+
+
+class Stop(Exception):
+    """Ends the run early. reason is a word for the summary, code the exit code."""
+
+    def __init__(self, reason, code, message):
+        super().__init__(message)
+        self.reason, self.code = reason, code
+
+
+# --- the loop ----------------------------------------------------------------------------------------
+
+
+def train(run):
+    """From run.progress.step to max_iters; raises Stop if it must end before."""
+    s, p = run.settings, run.progress
+    while True:
+        if p.step % s.eval_interval == 0 or p.step == s.max_iters:
+            evaluate_and_keep_best(run)
+        if p.step == s.max_iters:
+            break
+        loss, norm = one_step(run)
+        if p.step % s.log_interval == 0 or p.step == run.start_step + 1 or p.step == s.max_iters:
+            log_step(run, loss, norm)
+        if p.step % s.save_interval == 0:
+            save(run)
+        stop_if_signalled(run)
+    save(run)
+
+
+def one_step(run):
+    """One update from one effective batch: (loss, gradient norm) as tensors on the device, nothing waited for."""
+    s, p = run.settings, run.progress
+    loss = within_memory(run, local_gradients)
+    if run.machine.world > 1:
+        for tensor in [flat.parameter.main_grad for flat in run.flats] + [loss]:
+            dist.all_reduce(tensor)  # every term is already divided by the micro-batches of all ranks
+    norm = gradient_norm(run.flats)
+    finite = norm.isfinite() & loss.isfinite()
+    run.bad_step = torch.where((run.bad_step < 0) & ~finite, p.step, run.bad_step)
+    for group in run.optimizer.param_groups:
+        group['lr'] = learning_rate_at(p.step, s.learning_rate, s.min_lr, s.warmup_iters, s.lr_decay_iters or s.max_iters)
+    clip = (s.grad_clip / (norm + 1e-6)).clamp(max=1.0) if s.grad_clip else None  # as torch's clip_grad_norm_
+    run.optimizer.step(clip=clip, finite=run.bad_step < 0)  # from a bad step on nothing changes, until it is noticed
+    p.step += 1
+    return loss, norm
+
+
+def local_gradients(run):
+    """This rank's share of the mean loss and its gradients: micro-batches rank, rank + world, ..."""
+    s, p = run.active, run.progress
+    total = torch.zeros((), device=run.machine.device)
+    run.model.train()
+    for flat in run.flats:
+        flat.parameter.main_grad.zero_()
+    for micro in range(run.machine.rank, s.gradient_accumulation_steps, run.machine.world):
+        first = p.step * effective_batch(s) + micro * s.batch_size
+        order = window_order(range(first, first + s.batch_size), run.data.train.windows(s.block_size), s.seed)
+        idx, targets = inputs_and_targets(run.machine.device, run.data.train, order, s.block_size)  # each (B, T)
+        # Dropout is a function of (seed, step, micro-batch), so it needs no state to resume and no rank to be the same.
+        torch.manual_seed(s.seed + 1_000_003 * (1 + p.step * s.gradient_accumulation_steps + micro))
+        loss = run.forward(idx, targets) / s.gradient_accumulation_steps
+        loss.backward()
+        total += loss.detach()
+    return total
+
+
+def inputs_and_targets(device, stream, windows, T):
+    """Numbers of B windows -> their tokens (B, T) and the successors of these (B, T), int64 on the device."""
+    tokens = torch.from_numpy(stream.read([w * T for w in windows], T + 1))  # (B, T + 1)
+    if device.type == 'cuda':
+        tokens = tokens.pin_memory().to(device, non_blocking=True)
+    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
+# --- evaluation --------------------------------------------------------------------------------------
+
+
+def evaluate(run):
+    """Mean loss over the first eval_tokens of the validation split, every rank its share: a 0-dim float64 tensor."""
+    s, m, stream = run.active, run.machine, run.data.val
+    windows = s.eval_tokens // s.block_size or stream.windows(s.block_size)
+    total = within_memory(run, lambda run: local_validation_loss(run, range(m.rank, windows, m.world)))
+    if m.world > 1:
+        dist.all_reduce(total)
+    return total / windows
+
+
+@torch.no_grad()
+def local_validation_loss(run, windows):
+    """Sum of the losses of these windows. The last batch is filled up with unscored rows: one shape, one graph."""
+    s, stream = run.active, run.data.val
+    total = torch.zeros((), dtype=torch.float64, device=run.machine.device)
+    run.model.eval()
+    for i in range(0, len(windows), s.batch_size):
+        chosen = list(windows[i:i + s.batch_size])
+        filled = chosen + [chosen[-1]] * (s.batch_size - len(chosen))
+        idx, targets = inputs_and_targets(run.machine.device, stream, filled, s.block_size)
+        targets[len(chosen):] = -1
+        total += run.forward(idx, targets).double() * len(chosen)
+    return total
+
+
+def evaluate_and_keep_best(run):
+    """Evaluate, record it, and keep the weights in best.pt if they are the best so far."""
+    s, p = run.settings, run.progress
+    with paused(run):
+        stop_if_bad(run)
+        p.val_loss = evaluate(run).item()
+        record = dict(step=p.step, val_loss=p.val_loss, val_ppl=perplexity(p.val_loss), sparsity=0.0)
+        run.log.say(f'step {p.step:>6}/{s.max_iters}  validation loss {p.val_loss:.4f}  perplexity {record["val_ppl"]:.2f}')
+        run.log.measure(record)
+        if p.val_loss < p.best_val_loss:
+            p.best_val_loss = p.val_loss
+            if run.log.write and p.step > 0:
+                weights = {'weights': named_state(run.flats, run.optimizer)['weights'], 'val_loss': p.val_loss, 'step': p.step}
+                save_checkpoint(os.path.join(s.out_dir, 'best.pt'), {**identity(run), **weights})
+
+
+def perplexity(loss):
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+@contextlib.contextmanager
+def paused(run):
+    """Time spent inside does not count for tokens_per_second."""
+    synchronize(run)
+    start = time.monotonic()
+    yield
+    run.mark += time.monotonic() - start
+
+
+def synchronize(run):
+    if run.machine.device.type == 'cuda':
+        torch.cuda.synchronize(run.machine.device)
+
+
+# --- logging and guards, at log steps only -----------------------------------------------------------
+
+
+def log_step(run, loss, norm):
+    """One line, one record; then everything that needs the device's numbers on the host."""
+    s, p, m = run.settings, run.progress, run.machine
+    loss, norm = loss.item(), norm.item()
+    stop_if_bad(run)
+    now, steps = time.monotonic(), p.step - run.mark_step
+    seconds = (now - run.mark) / steps
+    rate = effective_batch(s) * s.block_size / seconds
+    mfu = rate * run.model.flops_per_token() / (m.peak_flops * m.world) if m.peak_flops else None
+    run.speed, run.mark, run.mark_step = dict(tokens_per_second=rate, mfu=mfu), now, p.step
+    lr, memory = run.optimizer.param_groups[0]['lr'], peak_memory(run)
+    run.log.measure(dict(step=p.step, tokens=p.step * effective_batch(s) * s.block_size, loss=loss, grad_norm=norm, lr=lr,
+                         **run.speed, peak_memory_bytes=memory, sparsity=0.0, spikes=0, seconds=elapsed(run)))
+    run.log.say(f'step {p.step:>6}/{s.max_iters}  loss {loss:7.4f}  norm {norm:6.3f}  lr {lr:.2e}  {rate / 1e3:6.1f}k tok/s  '
+                + (f'mfu {mfu:5.1%}  ' if mfu else '') + f'{memory / 2**30:.1f} GiB  eta {clock(seconds * (s.max_iters - p.step))}')
+    report_graphs(run)
+    guard_against_divergence(run, loss)
+
+
+def clock(seconds):
+    return f'{int(seconds // 3600)}:{int(seconds // 60 % 60):02d}:{int(seconds % 60):02d}'
+
+
+def elapsed(run):
+    return run.progress.seconds + time.monotonic() - run.began
+
+
+def peak_memory(run):
+    """Bytes: of the device's allocator on a GPU, of the process on a CPU."""
+    if run.machine.device.type == 'cuda':
+        return torch.cuda.max_memory_allocated(run.machine.device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+
+
+def count_graphs():
+    """(graphs compiled, graph breaks) in this process, as Dynamo counts them."""
+    return counters['stats']['unique_graphs'], sum(counters['graph_break'].values())
+
+
+def report_graphs(run):
+    """Proof of compile: what was compiled is read back, not assumed."""
+    now = tuple(a - b for a, b in zip(count_graphs(), run.graphs_before))
+    if run.active.compile and now[0] == 0:
+        raise Refused('compile=True, but nothing was compiled; unset TORCHDYNAMO_DISABLE and TORCH_COMPILE_DISABLE, or use --compile=False')
+    if now != run.graphs:
+        run.graphs = now
+        run.log.say(f'compiled graphs {now[0]}, graph breaks {now[1]}')
+
+
+def stop_if_bad(run):
+    step = run.bad_step.item()
+    if step >= 0:
+        raise Stop('nan', 3, f'step {step + 1}: the loss or its gradient is not finite; the run stopped before that update. Likely a '
+                             'learning rate too high or a bad batch; the last checkpoint is from before it')
+
+
+def guard_against_divergence(run, loss):
+    """Stop once the loss has stayed diverge_nats above its running best for diverge_steps."""
+    s, p = run.settings, run.progress
+    p.lowest_loss = min(p.lowest_loss, loss)
+    if loss <= p.lowest_loss + s.diverge_nats:
+        p.above_since = -1
+    elif p.above_since < 0:
+        p.above_since = p.step
+        run.log.say(f'WARNING: loss {loss:.3f} is more than {s.diverge_nats} nat above its best {p.lowest_loss:.3f}; nothing is saved until it is back')
+    elif p.step - p.above_since >= s.diverge_steps:
+        cause = 'gradients are clipped off (grad_clip=0)' if s.grad_clip == 0 else f'learning_rate={s.learning_rate:g} is too high or ' \
+            f'warmup_iters={s.warmup_iters} too short for this model'
+        raise Stop('diverged', 3, f'step {p.step}: diverged, loss {loss:.3f} has been more than {s.diverge_nats} nat above its best '
+                                  f'{p.lowest_loss:.3f} since step {p.above_since}. Likely cause: {cause}. The last good checkpoint stays')
+
+
+# --- out-of-memory ladder ----------------------------------------------------------------------------
+
+
+def ladder(s):
+    """(label, changed settings) from as configured down; the effective batch is the same on every rung."""
+    finer = {'loss_chunk_tokens': max(1, s.loss_chunk_tokens // 4)}
+    rungs = [('as configured', {}), ('loss in chunks of a quarter', finer)]
+    if s.compile:
+        rungs.append(('without compile', {**finer, 'compile': False}))
+    batch, micro_batches = s.batch_size, s.gradient_accumulation_steps
+    while batch > 1:
+        factor = next(f for f in range(2, batch + 1) if batch % f == 0)
+        batch, micro_batches = batch // factor, micro_batches * factor
+        # Compiled again: without compile was tried for the compiler's own needs, and needs more memory in the steps.
+        changes = {**finer, 'batch_size': batch, 'gradient_accumulation_steps': micro_batches}
+        rungs.append((f'micro-batches of {batch}, {micro_batches} of them', changes))
+    return rungs
+
+
+def within_memory(run, work):
+    """work(run), stepping down the ladder each time memory runs out."""
+    while True:
+        failure = None
+        try:
+            result = work(run)
+        except RuntimeError as error:  # out of memory inside the compiler arrives wrapped
+            if not isinstance(error, torch.OutOfMemoryError) and 'out of memory' not in str(error).lower():
+                raise
+            failure = str(error).splitlines()[0]
+        if run.machine.world > 1 and run.progress.step == run.start_step:  # agreed on in the first step of a session only:
+            failed = torch.tensor(float(failure is not None), device=run.machine.device)
+            dist.all_reduce(failed)  # it waits for the device
+            failure = (failure or 'another rank ran out of memory') if failed.item() else None
+        if failure is None:
+            return result
+        step_down(run, failure)  # not inside `except`: the error keeps the tensors of its frames alive
+
+
+def step_down(run, failure):
+    s, p = run.settings, run.progress
+    rungs = ladder(s)
+    if s.oom == 'fail' or p.rung + 1 == len(rungs) or (run.machine.world > 1 and p.step > run.start_step):
+        raise Stop('out of memory', 1, f'step {p.step + 1}: {failure} No further rung is allowed or left (oom={s.oom!r})')
+    p.rung += 1
+    label, changes = rungs[p.rung]
+    run.active = replace(s, **changes)
+    run.log.say(f'OUT OF MEMORY at step {p.step + 1} ({failure}) Rung {p.rung} of {len(rungs) - 1}: {label}; the effective batch stays '
+                f'{effective_batch(run.active)}')
+    make_forward(run)
+
+
+def make_forward(run):
+    """The model as run.active wants it: chunk size, compiled or not."""
+    torch._dynamo.reset()
+    gc.collect()
+    if run.machine.device.type == 'cuda':
+        torch.cuda.empty_cache()
+    run.model.config.loss_chunk_tokens = run.active.loss_chunk_tokens
+    run.forward = torch.compile(run.model, fullgraph=True, dynamic=False) if run.active.compile else run.model
+    run.graphs, run.graphs_before = (0, 0), count_graphs()
+
+
+# --- saving and stopping -----------------------------------------------------------------------------
+
+
+def identity(run):
+    """What a checkpoint says of where it is from."""
+    data = run.data
+    return dict(format='nanoprune 1', settings=asdict(run.settings), fingerprint=data.fingerprint,
+                data=dict(name=data.name, tokenizer=data.tokenizer, vocab_size=data.vocab_size))
+
+
+def save(run):
+    """Everything needed to continue, to last.pt; not while the loss is suspiciously high."""
+    with paused(run):
+        stop_if_bad(run)
+        if run.log.write and run.progress.above_since < 0:
+            content = {**identity(run), 'progress': asdict(replace(run.progress, seconds=elapsed(run)))}
+            save_checkpoint(os.path.join(run.settings.out_dir, 'last.pt'), {**content, **named_state(run.flats, run.optimizer)})
+
+
+def stop_if_signalled(run):
+    """After SIGTERM or Ctrl-C: save and stop. Several ranks agree at log steps, where they wait for each other anyway."""
+    stop = run.stop_signal
+    if run.machine.world > 1:
+        if run.mark_step != run.progress.step:
+            return
+        shared = torch.tensor(stop, device=run.machine.device)
+        dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+        stop = int(shared.item())
+    if stop:
+        save(run)
+        name = signal.Signals(stop).name
+        raise Stop(name.lower(), 128 + stop, f'{name}: saved at step {run.progress.step}; continue with --init_from=resume')
+
+
+@contextlib.contextmanager
+def signals_noted(run):
+    """SIGTERM and Ctrl-C are remembered for the next step boundary; a second one acts at once."""
+    def note(number, frame):
+        run.stop_signal = number
+        for each in before:
+            signal.signal(each, before[each])
+
+    before = {each: signal.signal(each, note) for each in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for each in before:
+            signal.signal(each, before[each])
+
+
+def write_summary(run, reason):
+    """summary.json, whatever way the run ended."""
+    s, p = run.settings, run.progress
+    if run.log.write:
+        write_json(os.path.join(s.out_dir, 'summary.json'), dict(
+            steps=p.step, tokens=p.step * effective_batch(s) * s.block_size, val_loss=p.val_loss, val_ppl=perplexity(p.val_loss),
+            best_val_loss=p.best_val_loss, sparsity=0.0, sparsity_all=0.0, tokens_per_second=run.speed.get('tokens_per_second'),
+            mfu=run.speed.get('mfu'), peak_memory_bytes=peak_memory(run), compiled_graphs=run.graphs[0], graph_breaks=run.graphs[1],
+            rung=p.rung, rung_label=ladder(s)[p.rung][0], effective_batch=effective_batch(s), parameters=run.model.parameter_count(),
+            dataset=run.data.name, fingerprint=run.data.fingerprint, seconds=elapsed(run), exit_reason=reason))
+
+
+# --- from settings to a run --------------------------------------------------------------------------
+
+
+def build(s, machine, data, saved):
+    """A Run ready to train, its weights from the seed or from the checkpoint `saved`."""
+    torch.use_deterministic_algorithms(s.deterministic)
+    torch.manual_seed(s.seed)
+    model = GPT(model_config(s, data.vocab_size))  # on the CPU: the same weights for every device
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    model.to(machine.device)
+    flats = flatten(model, machine.dtype)
+    progress = Progress(**saved['progress']) if saved else Progress()
+    active = replace(s, **ladder(s)[progress.rung][1])
+    optimizer = build_optimizer(flats, lr=s.learning_rate, betas=(s.beta1, s.beta2), eps=s.eps, weight_decay=s.weight_decay,
+                                compiled=active.compile)
+    load_named_state(flats, optimizer, saved or {'weights': weights}, step=progress.step)
+    log = RunLog(s.out_dir, s.tracker, asdict(s), keep_until=progress.step if saved else None, write=machine.rank == 0)
+    bad_step = torch.full((), -1, dtype=torch.int64, device=machine.device)
+    run = Run(s, active, machine, data, log, model, flats, optimizer, progress, bad_step=bad_step, mark_step=progress.step, start_step=progress.step)
+    make_forward(run)
+    return run
+
+
+def main(argv):
+    """Train as told by the command line; returns the exit code."""
+    if '--help' in argv:
+        print(help_text(Settings, __doc__))
+        return 0
+    s, problems = parse(Settings, argv)
+    machine, data = preflight(s, problems + check(s))
+    if is_finished(s):
+        print(f'{s.out_dir} holds this run, finished; nothing to do')
+        return 0
+    saved = checkpoint_to_resume(s, data)
+    if s.deterministic:
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # cuBLAS repeats itself only with this
+    if machine.device.type == 'cuda':
+        torch.cuda.set_device(machine.device)
+    if machine.world > 1 and not dist.is_initialized():
+        dist.init_process_group('nccl' if machine.device.type == 'cuda' else 'gloo')
+    run = build(s, machine, data, saved)
+    run.log.say(table(s, machine, data, run.model, run.progress.step))
+    if run.log.write:
+        write_json(os.path.join(s.out_dir, 'config.json'), dict(
+            settings=asdict(s), data=identity(run)['data'], fingerprint=data.fingerprint, device=machine.name,
+            dtype=str(machine.dtype)[6:], processes=machine.world, **provenance()))
+    return finish(run)
+
+
+def finish(run):
+    """Train to the end, whichever it is, and write the summary; returns the exit code."""
+    reason, code = 'error', 1
+    run.mark = time.monotonic()
+    try:
+        with signals_noted(run):
+            train(run)
+        reason, code = 'finished', 0
+        run.log.say(f'finished: validation loss {run.progress.val_loss:.4f}, perplexity {perplexity(run.progress.val_loss):.2f}, '
+                    f'in {clock(elapsed(run))}; {run.settings.out_dir}')
+    except Stop as stop:
+        reason, code = stop.reason, stop.code
+        run.log.say(str(stop))
+    finally:
+        write_summary(run, reason)
+        run.log.close()
+    return code
+
+
+if __name__ == '__main__':
+    try:
+        exit_code = main(sys.argv[1:])
+    except Refused as refused:
+        exit_code = refused.report() if os.environ.get('RANK', '0') == '0' else 2
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    sys.exit(exit_code)
