@@ -41,7 +41,7 @@ def find_machine(asked, dtype):
         problems.append(f"device='{asked}': this PyTorch ({torch.__version__}) sees no GPU; use --device=cpu or install "
                         'a build for your GPU (CUDA or ROCm)')
         kind = 'cpu'
-    if kind == 'cuda' and world > 1:
+    if kind == 'cuda':
         kind = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     if kind.startswith('cuda:') and int(kind[5:]) >= torch.cuda.device_count():
         problems.append(f"device='{kind}': there are {torch.cuda.device_count()} GPUs, numbered from 0")

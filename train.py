@@ -304,7 +304,7 @@ def within_memory(run, work):
         except RuntimeError as error:  # out of memory inside the compiler arrives wrapped
             if not isinstance(error, torch.OutOfMemoryError) and 'out of memory' not in str(error).lower():
                 raise
-            failure = str(error).splitlines()[0]
+            failure = ' '.join(str(error).splitlines()[0].split('. ')[:2]) + '.'  # torch goes on about the allocator
         if run.machine.world > 1 and run.progress.step == run.start_step:  # agreed on in the first step of a session only:
             failed = torch.tensor(float(failure is not None), device=run.machine.device)
             dist.all_reduce(failed)  # it waits for the device

@@ -1,0 +1,26 @@
+# make quickstart: prepare, train, report and sample on any CPU. make test: the test suite. Both install into .venv.
+PYTHON ?= python3
+RUN := .venv/bin/python
+
+.PHONY: quickstart test
+
+quickstart: .venv/installed
+	$(RUN) prepare.py stdlib
+	$(RUN) train.py config/quickstart.py
+	$(RUN) report.py out/quickstart
+	$(RUN) sample.py out/quickstart --prompt="The" --max_new_tokens=300
+
+test: .venv/installed-test
+	$(RUN) -m pytest -q
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is too old: Python 3.11 or newer is needed; make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv .venv || { rm -rf .venv; echo "no venv module: install it (Debian: apt install python3-venv)"; exit 1; }
+
+.venv/installed: requirements.txt constraints.txt | .venv/bin/python
+	$(RUN) -m pip install -q -r requirements.txt -c constraints.txt
+	@touch $@
+
+.venv/installed-test: requirements-test.txt .venv/installed
+	$(RUN) -m pip install -q -r requirements-test.txt -c constraints.txt
+	@touch $@

@@ -1,0 +1,3 @@
+from conftest import train
+def test_smoke(tiny,tmp_path):
+    assert train.main(tiny())==0
