@@ -17,13 +17,14 @@ import time
 import torch
 from torch.nn import functional as F
 
+from files import write_json
 from model import GPT
 from optim import learning_rate_at
 from preflight import effective_batch, model_config, preflight
-from rundir import read_metrics, write_json
+from rundir import read_metrics
 from settings import Refused, Settings, check, parse
+from shards import window_order
 from train import inputs_and_targets
-from prepare import window_order
 
 
 def plain_loss(model, idx, targets):

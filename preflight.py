@@ -1,15 +1,17 @@
 """Preflight: everything that can be known to go wrong before the first step, and one table of what will happen."""
 import os
+import re
 import shutil
 from dataclasses import fields
 from typing import NamedTuple
 
 import torch
 
+from files import read_json
 from model import GPT, GPTConfig, attention_backend
-from prepare import open_data
-from rundir import load_checkpoint, read_json
+from rundir import load_checkpoint
 from settings import Refused
+from shards import open_data
 
 # Dense bfloat16 FLOP/s by a part of the device's name, from the vendors' data sheets; the first match counts.
 PEAK_FLOPS = {
@@ -35,6 +37,8 @@ class Machine(NamedTuple):
 def find_machine(asked, dtype):
     """(Machine, problems) for the settings device and dtype; ranks come from torchrun's environment."""
     problems, gpu = [], torch.cuda.is_available()
+    if not re.fullmatch(r'auto|cpu|cuda(:\d+)?', asked):
+        problems, asked = [f'device={asked!r}: must be auto, cpu, cuda or cuda:N'], 'cpu'
     rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     kind = ('cuda' if gpu else 'cpu') if asked == 'auto' else asked
     if kind.startswith('cuda') and not gpu:
@@ -85,11 +89,12 @@ def check_data(s, data):
     """Problems of the settings with this data set."""
     problems = []
     for split, stream in (('train', data.train), ('val', data.val)):
-        if stream.windows(s.block_size) < 1:
+        if s.block_size >= 1 > stream.windows(s.block_size):
             problems.append(f'block_size={s.block_size}: the {split} split of {data.name} has {stream.tokens} tokens, '
                             f'too few for one sequence of {s.block_size} + 1')
-    if s.eval_tokens > data.val.tokens:
-        problems.append(f'eval_tokens={s.eval_tokens}: the validation split has {data.val.tokens} tokens; 0 scores all of them')
+    if s.eval_tokens >= data.val.tokens:
+        problems.append(f'eval_tokens={s.eval_tokens}: the validation split has {data.val.tokens} tokens, the last of which has '
+                        'nothing to predict; 0 scores all the others')
     return problems
 
 
@@ -101,11 +106,11 @@ def check_out_dir(s, free_bytes_needed):
         problems.append(f"out_dir='{s.out_dir}' holds another run; continue it with --init_from=resume or choose another --out_dir")
     if s.init_from == 'resume' and not os.path.exists(last):
         problems.append(f"init_from='resume': there is no {last}; check out_dir or use --init_from=scratch")
-    if os.path.exists(s.out_dir) and not os.path.isdir(s.out_dir):
-        return problems + [f"out_dir='{s.out_dir}' is a file; choose another --out_dir"]
     parent = os.path.abspath(s.out_dir)
     while not os.path.exists(parent):
         parent = os.path.dirname(parent)
+    if not os.path.isdir(parent):
+        return problems + [f"out_dir='{s.out_dir}': {parent} is a file; choose another --out_dir"]
     if not os.access(parent, os.W_OK):
         problems.append(f"out_dir='{s.out_dir}': {parent} is not writable; choose another --out_dir")
     free = shutil.disk_usage(parent).free
@@ -121,6 +126,8 @@ def checkpoint_to_resume(s, data):
     if s.init_from == 'scratch' or (s.init_from == 'auto' and not os.path.exists(path)):
         return None
     saved = load_checkpoint(path)
+    if 'progress' not in saved:
+        raise Refused(f'{path} holds weights only, like a best.pt: not enough to resume from; restore the last.pt of this run')
     before, problems = saved['settings'], []
     for key, value in vars(s).items():
         if key not in FREE_ON_RESUME and before.get(key) != value:
@@ -132,7 +139,8 @@ def checkpoint_to_resume(s, data):
         if now != then:
             problems.append(f'{what} = {now}: the run in {s.out_dir} has {then}; keep it, or start another run with another --out_dir')
     if saved['fingerprint'] != data.fingerprint:
-        problems.append(f"data in {data.folder} changed: fingerprint {data.fingerprint}, the run in {s.out_dir} was trained on "
+        folder = s.data_dir or os.path.join('data', s.dataset)
+        problems.append(f"data in {folder} changed: fingerprint {data.fingerprint}, the run in {s.out_dir} was trained on "
                         f"{saved['fingerprint']}; restore that data, or start another run with another --out_dir")
     if problems:
         raise Refused(problems)
@@ -186,8 +194,8 @@ def table(s, machine, data, model, start_step):
     peak = f'{machine.peak_flops / 1e12:.0f} TFLOP/s peak in bfloat16' if machine.peak_flops else 'peak unknown, no MFU'
     micro = s.gradient_accumulation_steps // machine.world
     rows = [
-        ('effective batch', f'{s.batch_size} sequences x {s.gradient_accumulation_steps} micro-batches = {effective_batch(s)} sequences '
-                            + (f'({machine.world} processes, {micro} each)' if machine.world > 1 else '')),
+        ('effective batch', f'{s.batch_size} sequences x {s.gradient_accumulation_steps} micro-batches = {effective_batch(s)} sequences'
+                            + (f' ({machine.world} processes, {micro} each)' if machine.world > 1 else '')),
         ('tokens a step', f'{effective_batch(s)} x {s.block_size} = {tokens_a_step:,}'),
         ('tokens of the run', f'{s.max_iters:,} steps = {s.max_iters * tokens_a_step:,} = {epochs:.3g} epochs of {data.train.tokens:,}'),
         ('data', f'{data.name}, {data.tokenizer}, {data.vocab_size} tokens, fingerprint {data.fingerprint[:16]}'),

@@ -7,7 +7,8 @@ import os
 import sys
 from dataclasses import dataclass
 
-from rundir import read_json, read_metrics
+from files import read_json
+from rundir import read_metrics
 from settings import Refused, help_text, parse
 
 COLUMNS = (  # heading, key of summary.json, how to write it
@@ -75,12 +76,13 @@ def plot(runs, path):
     figure, (top, bottom) = pyplot.subplots(2, 1, figsize=(8, 6), sharex=True, height_ratios=(3, 1), layout='constrained')
     for i, run in enumerate(runs):
         color, a_step = f'C{i}', run['summary']['tokens'] / max(1, run['summary']['steps'])
+        final = run['summary']['val_loss']  # None if it ended before the first evaluation
         trained = [r for r in run['metrics'] if 'loss' in r]
         evaluated = [r for r in run['metrics'] if 'val_loss' in r]
         top.plot([r['tokens'] for r in trained], [r['loss'] for r in trained], color=color, alpha=0.35, linewidth=1,
                  label=f"{run['name']}, training")
         top.plot([r['step'] * a_step for r in evaluated], [r['val_loss'] for r in evaluated], color=color, marker='o', markersize=3,
-                 label=f"{run['name']}, validation: {run['summary']['val_loss']:.3f}")
+                 label=f"{run['name']}, validation: " + ('-' if final is None else f'{final:.3f}'))
         bottom.plot([r['tokens'] for r in trained], [r['lr'] for r in trained], color=color)
     top.set_ylabel('loss (nat a token)')
     top.legend()

@@ -6,7 +6,6 @@ and summary.json.
 import hashlib
 import importlib
 import json
-import math
 import os
 import platform
 import subprocess
@@ -14,53 +13,8 @@ import sys
 
 import torch
 
+from files import finite_or_none, write_atomically
 from settings import Refused
-
-
-def write_atomically(path, write):
-    """Call write(file) on a temporary file beside `path`, flush it to the disk, then rename it to `path`.
-
-    Whatever happens in between, `path` holds the old content or the new, whole.
-    """
-    temporary = f'{path}.tmp'  # a fixed name: what a killed process leaves is overwritten
-    try:
-        with open(temporary, 'wb') as f:
-            write(f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-        raise
-    folder = os.open(os.path.dirname(path) or '.', os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the rename itself
-    finally:
-        os.close(folder)
-
-
-def finite_or_none(value):
-    """JSON has no NaN and no infinity."""
-    if isinstance(value, dict):
-        return {k: finite_or_none(v) for k, v in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def write_json(path, content):
-    text = json.dumps(finite_or_none(content), indent=2) + '\n'
-    write_atomically(path, lambda f: f.write(text.encode()))
-
-
-def read_json(path):
-    """The content of a JSON file, None if there is no such file; Refused if it is damaged."""
-    try:
-        with open(path) as f:
-            return json.load(f)
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise Refused(f'{path} is damaged ({error}); restore or remove it') from None
 
 
 # --- checkpoints -------------------------------------------------------------------------------------
@@ -129,7 +83,8 @@ class RunLog:
             return
         os.makedirs(out_dir, exist_ok=True)
         metrics = os.path.join(out_dir, 'metrics.jsonl')
-        kept = [r for r in read_metrics(metrics) if keep_until is not None and r['step'] <= keep_until]
+        # The evaluation at the step it resumes from is made again, if it is due.
+        kept = [r for r in read_metrics(metrics) if keep_until is not None and r['step'] < keep_until + ('loss' in r)]
         write_atomically(metrics, lambda f: f.write(''.join(json.dumps(r) + '\n' for r in kept).encode()))
         self.metrics = open(metrics, 'a')
         self.text = open(os.path.join(out_dir, 'train.log'), 'w' if keep_until is None else 'a')

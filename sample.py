@@ -10,10 +10,10 @@ from typing import Literal
 import torch
 
 from model import GPT
-from prepare import get_tokenizer
 from preflight import find_machine, model_config
 from rundir import load_checkpoint
 from settings import Refused, Settings, help_text, parse
+from shards import get_tokenizer
 
 
 @dataclass

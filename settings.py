@@ -119,12 +119,12 @@ def read_config(path):
     try:
         with open(path) as f:
             source = f.read()
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         folder = os.path.dirname(path) or '.'
         there = sorted(f for f in os.listdir(folder) if f.endswith('.py')) if os.path.isdir(folder) else []
         close = difflib.get_close_matches(os.path.basename(path), there, 1)
         hint = f"; did you mean '{os.path.join(folder, close[0])}'?" if close else ''
-        raise ValueError(f"config file '{path}' cannot be read: {error.strerror}{hint}") from None
+        raise ValueError(f"config file '{path}' cannot be read: {getattr(error, 'strerror', error)}{hint}") from None
     names = {}
     try:
         exec(compile(source, path, 'exec'), {'__name__': 'config', '__file__': path}, names)
@@ -213,7 +213,6 @@ def check(s):
     require(s.min_lr <= s.learning_rate, 'min_lr', 'learning_rate', must='min_lr must not be above learning_rate')
     require(s.eval_tokens == 0 or s.eval_tokens >= s.block_size, 'eval_tokens', 'block_size',
             must='must hold at least one sequence; 0 scores the whole split')
-    require(re.fullmatch(r'auto|cpu|cuda(:\d+)?', s.device), 'device', must='must be auto, cpu, cuda or cuda:N')
     require(s.out_dir, 'out_dir', must='must name a folder')
     require(s.dataset, 'dataset', must='must name a data set')
     return problems

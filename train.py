@@ -22,11 +22,12 @@ import torch
 import torch.distributed as dist
 from torch._dynamo.utils import counters
 
+from files import write_json
 from model import GPT
 from optim import build_optimizer, flatten, gradient_norm, learning_rate_at, load_named_state, named_state
-from prepare import window_order
+from shards import window_order
 from preflight import checkpoint_to_resume, effective_batch, is_finished, model_config, preflight, table
-from rundir import RunLog, provenance, save_checkpoint, write_json
+from rundir import RunLog, provenance, save_checkpoint
 from settings import Refused, Settings, check, help_text, parse
 
 
@@ -217,10 +218,11 @@ def log_step(run, loss, norm):
     lr, memory = run.optimizer.param_groups[0]['lr'], peak_memory(run)
     run.log.measure(dict(step=p.step, tokens=p.step * effective_batch(s) * s.block_size, loss=loss, grad_norm=norm, lr=lr,
                          **run.speed, peak_memory_bytes=memory, sparsity=0.0, spikes=0, seconds=elapsed(run)))
-    run.log.say(f'step {p.step:>6}/{s.max_iters}  loss {loss:7.4f}  norm {norm:6.3f}  lr {lr:.2e}  {rate / 1e3:6.1f}k tok/s  '
-                + (f'mfu {mfu:5.1%}  ' if mfu else '') + f'{memory / 2**30:.1f} GiB  eta {clock(seconds * (s.max_iters - p.step))}')
+    run.log.say(f'step {p.step:>6}  loss {loss:7.4f}  norm {norm:5.2f}  lr {lr:.1e}  {rate / 1e3:6.1f}k tok/s  '
+                + (f'mfu {mfu:5.1%}  ' if mfu else '') + f'{memory / 2**30:4.1f} GiB  eta {clock(seconds * (s.max_iters - p.step))}')
     report_graphs(run)
-    guard_against_divergence(run, loss)
+    if p.step % s.log_interval == 0:  # not at the odd first and last step of a session: where it is split must not matter
+        guard_against_divergence(run, loss)
 
 
 def clock(seconds):
@@ -256,6 +258,7 @@ def report_graphs(run):
 def stop_if_bad(run):
     step = run.bad_step.item()
     if step >= 0:
+        run.progress.step = step  # nothing was updated since
         raise Stop('nan', 3, f'step {step + 1}: the loss or its gradient is not finite; the run stopped before that update. Likely a '
                              'learning rate too high or a bad batch; the last checkpoint is from before it')
 
@@ -268,7 +271,8 @@ def guard_against_divergence(run, loss):
         p.above_since = -1
     elif p.above_since < 0:
         p.above_since = p.step
-        run.log.say(f'WARNING: loss {loss:.3f} is more than {s.diverge_nats} nat above its best {p.lowest_loss:.3f}; nothing is saved until it is back')
+        run.log.say(f'WARNING: loss {loss:.3f} is more than {s.diverge_nats} nat above its best {p.lowest_loss:.3f}; nothing is '
+                    'saved until it is back')
     elif p.step - p.above_since >= s.diverge_steps:
         cause = 'gradients are clipped off (grad_clip=0)' if s.grad_clip == 0 else f'learning_rate={s.learning_rate:g} is too high or ' \
             f'warmup_iters={s.warmup_iters} too short for this model'
@@ -368,8 +372,11 @@ def stop_if_signalled(run):
         stop = int(shared.item())
     if stop:
         save(run)
-        name = signal.Signals(stop).name
-        raise Stop(name.lower(), 128 + stop, f'{name}: saved at step {run.progress.step}; continue with --init_from=resume')
+        if run.machine.world > 1:
+            dist.barrier()  # torchrun kills the others as soon as one has ended
+        name, step = signal.Signals(stop).name, run.progress.step
+        told = f'saved at step {step}' if run.progress.above_since < 0 else f'not saved at step {step}, for its loss is too high'
+        raise Stop(name.lower(), 128 + stop, f'{name}: {told}; continue with --init_from=resume')
 
 
 @contextlib.contextmanager
@@ -412,13 +419,16 @@ def build(s, machine, data, saved):
     model.to(machine.device)
     flats = flatten(model, machine.dtype)
     progress = Progress(**saved['progress']) if saved else Progress()
+    if saved and ladder(s) != ladder(Settings(**saved['settings'])):
+        progress.rung = 0  # it counts on the old ladder
     active = replace(s, **ladder(s)[progress.rung][1])
     optimizer = build_optimizer(flats, lr=s.learning_rate, betas=(s.beta1, s.beta2), eps=s.eps, weight_decay=s.weight_decay,
                                 compiled=active.compile)
     load_named_state(flats, optimizer, saved or {'weights': weights}, step=progress.step)
     log = RunLog(s.out_dir, s.tracker, asdict(s), keep_until=progress.step if saved else None, write=machine.rank == 0)
     bad_step = torch.full((), -1, dtype=torch.int64, device=machine.device)
-    run = Run(s, active, machine, data, log, model, flats, optimizer, progress, bad_step=bad_step, mark_step=progress.step, start_step=progress.step)
+    run = Run(s, active, machine, data, log, model, flats, optimizer, progress, bad_step=bad_step, mark_step=progress.step,
+              start_step=progress.step)
     make_forward(run)
     return run
 

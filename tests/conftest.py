@@ -17,7 +17,7 @@ import train  # noqa: E402
 from rundir import load_checkpoint, read_metrics  # noqa: E402
 from settings import Refused  # noqa: E402
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # tiny tensors; and two threads that share two busy cores with others spin
 
 
 def words(count, seed):
