@@ -21,7 +21,7 @@ class GPTConfig:
     n_embd: int = 768
     dropout: float = 0.0
     bias: bool = False
-    loss_chunk_tokens: int = 4096
+    loss_chunk_tokens: int = 8192
 
     @property
     def padded_vocab_size(self):
@@ -29,48 +29,54 @@ class GPTConfig:
         return -(-self.vocab_size // 128) * 128
 
 
-class ChunkedCrossEntropy(torch.autograd.Function):
-    """Head and cross-entropy in chunks of tokens: the gradients are computed while a chunk's logits exist.
+def loss_chunk(x, weight, targets, scored, vocab_size, grad_weight):
+    """Head and cross-entropy of some tokens: (their share of the mean loss, gradient of x or None).
 
-    x (N, C), weight (V, C), targets (N,) with -1 = not scored -> mean loss over the scored tokens, a float32
-    scalar (float64 for float64 input). Columns from vocab_size on are padding and take no probability.
-    Memory: chunk x V logits instead of N x V, plus a float32 gradient of the weight. The backward only scales.
+    x (n, C), weight (V, C), targets (n,) with -1 = not scored, scored: tokens scored in all. grad_weight (V, C),
+    float32, has this chunk's gradient added to it; None: no gradients. Columns from vocab_size on are padding and
+    take no probability.
+    """
+    exact = torch.promote_types(x.dtype, torch.float32)
+    column = torch.arange(weight.size(0), device=x.device)  # (V,)
+    logits = (x @ weight.t()).to(exact).masked_fill(column >= vocab_size, -math.inf)  # (n, V)
+    log_total = logits.logsumexp(-1, keepdim=True)  # (n, 1)
+    correct = logits.gather(1, targets.clamp(min=0)[:, None])  # (n, 1)
+    share = (targets >= 0).to(exact)[:, None] / scored  # (n, 1)
+    loss = ((log_total - correct) * share).sum()
+    if grad_weight is None:
+        return loss, None
+    grad = (logits - log_total).exp() - (column == targets[:, None]).to(exact)  # (n, V): softmax - one-hot
+    grad = (grad * share).to(x.dtype)
+    grad_weight += grad.t() @ x
+    return loss, grad @ weight
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Mean cross-entropy of x (N, C) through the head `weight` (V, C), with the gradients computed chunk by chunk.
+
+    Memory: `chunk` x V logits instead of N x V, plus a float32 gradient of the weight. The backward only scales.
+    one_chunk is loss_chunk, compiled or not. Returns a float32 scalar (float64 for float64 input).
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets, vocab_size, chunk):
-        loss, grad_x, grad_weight = chunked_cross_entropy(x, weight, targets, vocab_size, chunk, with_gradients=True)
-        ctx.save_for_backward(grad_x, grad_weight)
+    def forward(ctx, x, weight, targets, vocab_size, chunk, one_chunk):
+        grad_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+        loss, grad_x = chunked_loss(x, weight, targets, vocab_size, chunk, one_chunk, grad_weight)
+        ctx.save_for_backward(grad_x, grad_weight.to(weight.dtype))
         return loss
 
     @staticmethod
     def backward(ctx, grad_loss):
         grad_x, grad_weight = ctx.saved_tensors
-        return grad_x * grad_loss.to(grad_x.dtype), grad_weight * grad_loss.to(grad_weight.dtype), None, None, None
+        return grad_x * grad_loss.to(grad_x.dtype), grad_weight * grad_loss.to(grad_weight.dtype), None, None, None, None
 
 
-def chunked_cross_entropy(x, weight, targets, vocab_size, chunk, with_gradients):
-    """(mean loss, gradient of x, gradient of weight); the gradients are None unless asked for. See above."""
-    exact = torch.promote_types(x.dtype, torch.float32)
-    scored = (targets >= 0).sum().clamp(min=1).to(exact)
-    column = torch.arange(weight.size(0), device=x.device)  # (V,)
-    total = torch.zeros((), dtype=exact, device=x.device)
-    grad_x, grad_weight = [], torch.zeros_like(weight, dtype=exact) if with_gradients else None
-    for piece, target in zip(x.split(chunk), targets.split(chunk)):  # (n, C), (n,)
-        logits = (piece @ weight.t()).to(exact)  # (n, V)
-        logits = logits.masked_fill(column >= vocab_size, -math.inf)
-        log_total = logits.logsumexp(-1, keepdim=True)  # (n, 1)
-        valid = (target >= 0)[:, None]  # (n, 1)
-        correct = logits.gather(1, target.clamp(min=0)[:, None])  # (n, 1)
-        total = total + torch.where(valid, log_total - correct, 0).sum()
-        if with_gradients:
-            grad = (logits - log_total).exp() - (column == target[:, None]).to(exact)  # (n, V): softmax - one-hot
-            grad = (grad * (valid / scored)).to(x.dtype)
-            grad_x.append(grad @ weight)
-            grad_weight += grad.t() @ piece
-    if with_gradients:
-        return total / scored, torch.cat(grad_x), grad_weight.to(weight.dtype)
-    return total / scored, None, None
+def chunked_loss(x, weight, targets, vocab_size, chunk, one_chunk=loss_chunk, grad_weight=None):
+    """(mean loss over the scored tokens, gradient of x or None); see loss_chunk for the arguments."""
+    scored = (targets >= 0).sum().clamp(min=1)
+    losses, gradients = zip(*(one_chunk(piece, weight, target, scored, vocab_size, grad_weight)
+                              for piece, target in zip(x.split(chunk), targets.split(chunk))))
+    return torch.stack(losses).sum(), None if grad_weight is None else torch.cat(gradients)
 
 
 class Linear(nn.Linear):
@@ -137,7 +143,7 @@ class GPT(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
+        self.config, self.loss_chunk = config, loss_chunk
         self.token_embedding = nn.Embedding(config.padded_vocab_size, config.n_embd)
         self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -170,10 +176,20 @@ class GPT(nn.Module):
         if targets is None:
             return self.head(x)
         arguments = (x.flatten(0, 1), self.token_embedding.weight, targets.flatten(), self.config.vocab_size,
-                     self.config.loss_chunk_tokens)
-        if torch.is_grad_enabled():
-            return ChunkedCrossEntropy.apply(*arguments)
-        return chunked_cross_entropy(*arguments, with_gradients=False)[0]
+                     self.config.loss_chunk_tokens, self.loss_chunk)
+        return ChunkedCrossEntropy.apply(*arguments) if torch.is_grad_enabled() else chunked_loss(*arguments)[0]
+
+    def compile_parts(self):
+        """Compile the blocks and the loss of a chunk, each a graph of its own.
+
+        In one graph the compiler schedules the head's matrix products of all chunks first and holds all logits.
+        """
+        self.hidden = torch.compile(self.hidden, fullgraph=True, dynamic=False)
+        self.loss_chunk = torch.compile(loss_chunk, fullgraph=True, dynamic=False)
+
+    def uncompile_parts(self):
+        self.__dict__.pop('hidden', None)
+        self.loss_chunk = loss_chunk
 
     def parameter_count(self):
         """All parameters, the padded rows of the embedding included, the tied head counted once."""

@@ -21,7 +21,7 @@ PEAK_FLOPS = {
 
 # A resumed run may change these; everything else is what makes it the same run.
 FREE_ON_RESUME = set('''out_dir init_from device compile oom allow_math_attention tracker data_dir batch_size
-    gradient_accumulation_steps loss_chunk_tokens lr_decay_iters max_iters eval_interval eval_tokens log_interval
+    gradient_accumulation_steps loss_chunk_tokens activation_budget lr_decay_iters max_iters eval_interval eval_tokens log_interval
     save_interval diverge_nats diverge_steps deterministic'''.split())
 
 
@@ -161,12 +161,13 @@ def effective_batch(s):
 def predicted_memory(s, config, dtype, parameters, world):
     """{part: bytes} on one device. Activations are an estimate, the rest is counted.
 
-    A block saves 10 widths a token when compiled (residual x 2, qkv x 3, attention, 4 of the MLP; the rest is
-    computed again in the backward), 17 when not, and the float32 input of each LayerNorm.
+    A compiled block keeps 16 widths a token (residual x 2, norms x 2, qkv x 3, attention, 8 of the MLP), 10 of them if
+    it may compute the norms and the GELU again (activation_budget < 1); uncompiled it also keeps float32 norm inputs.
     """
     element = torch.finfo(dtype).bits // 8
     tokens = s.batch_size * s.block_size
-    a_block = (10 * element if s.compile else 17 * element + 2 * 4) * tokens * s.n_embd
+    kept = 16 * (1 if s.activation_budget == 1 else min(10 / 16, s.activation_budget))
+    a_block = int(kept * element if s.compile else 17 * element + 2 * 4) * tokens * s.n_embd
     chunk = min(s.loss_chunk_tokens, tokens) * config.padded_vocab_size
     return {
         'working weights': parameters * element if element < 4 else 0,
@@ -174,7 +175,7 @@ def predicted_memory(s, config, dtype, parameters, world):
         'moments': parameters * 8,
         'gradients': parameters * (4 + element),
         'activations': s.n_layer * a_block + 2 * tokens * s.n_embd * element,
-        'logits': chunk * (element + 4 if s.compile else element + 4 * 4) + config.padded_vocab_size * s.n_embd * 4,
+        'logits': chunk * (element if s.compile else element + 4 * 4) + config.padded_vocab_size * s.n_embd * (4 + 2 * element),
     }
 
 

@@ -25,6 +25,7 @@ class Settings:
     device: str = 'auto'  # auto, cpu, cuda or cuda:N (ROCm's devices are called cuda too); auto: GPU if there is one
     dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'  # of the matrices at work; auto: bfloat16 on a GPU, else float32
     compile: bool = True  # torch.compile; proven after the first steps, an error if nothing was compiled
+    activation_budget: float = 1.0  # share of a compiled model's activations kept for the backward, the rest is computed again
     deterministic: bool = False  # bit-identical repetition on a GPU, slower; on a CPU it always is
     oom: Literal['fallback', 'fail'] = 'fallback'  # out of memory: step down a ladder that keeps the effective batch, or stop
     allow_math_attention: bool = False  # let a GPU run attention unfused: O(block_size^2) memory
@@ -41,7 +42,7 @@ class Settings:
     n_embd: int = 768  # width
     dropout: float = 0.0  # probability; 0 for pre-training (nanoGPT), 0.1 in the GPT-2 paper's code
     bias: bool = False  # in linear layers and LayerNorms; True is GPT-2, False is nanoGPT's default
-    loss_chunk_tokens: int = 4096  # tokens whose logits exist at the same time: memory is this x vocabulary
+    loss_chunk_tokens: int = 8192  # tokens whose logits exist at the same time: memory is this x vocabulary
     # --- optimizer (nanoGPT's GPT-2 values, after GPT-3, arXiv 2005.14165 appendix B) -----------------
     optimizer: Literal['adamw'] = 'adamw'  # decoupled weight decay, arXiv 1711.05101
     learning_rate: float = 6e-4  # peak
@@ -210,6 +211,8 @@ def check(s):
     decay_iters = s.lr_decay_iters or s.max_iters
     require(s.warmup_iters < decay_iters, 'warmup_iters', 'max_iters', 'lr_decay_iters',
             must=f'the warm-up must end before the decay does ({decay_iters})')
+    require(0 < s.activation_budget <= 1, 'activation_budget', must='must be above 0 and at most 1')
+    require(s.activation_budget == 1 or s.compile, 'activation_budget', 'compile', must='only the compiler can compute activations again')
     require(s.min_lr <= s.learning_rate, 'min_lr', 'learning_rate', must='min_lr must not be above learning_rate')
     require(s.eval_tokens == 0 or s.eval_tokens >= s.block_size, 'eval_tokens', 'block_size',
             must='must hold at least one sequence; 0 scores the whole split')

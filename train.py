@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
+import torch._functorch.config
 import torch.distributed as dist
 from torch._dynamo.utils import counters
 
@@ -55,7 +56,6 @@ class Run:
     flats: list
     optimizer: Any
     progress: Progress
-    forward: Any = None  # the model, compiled if so asked
     bad_step: Any = None  # 0-dim int64 on the device: first step without finite gradients, -1: none
     stop_signal: int = 0
     graphs: tuple = (0, 0)  # (compiled graphs, graph breaks) when last looked at
@@ -126,7 +126,7 @@ def local_gradients(run):
         idx, targets = inputs_and_targets(run.machine.device, run.data.train, order, s.block_size)  # each (B, T)
         # Dropout is a function of (seed, step, micro-batch), so it needs no state to resume and no rank to be the same.
         torch.manual_seed(s.seed + 1_000_003 * (1 + p.step * s.gradient_accumulation_steps + micro))
-        loss = run.forward(idx, targets) / s.gradient_accumulation_steps
+        loss = run.model(idx, targets) / s.gradient_accumulation_steps
         loss.backward()
         total += loss.detach()
     return total
@@ -164,7 +164,7 @@ def local_validation_loss(run, windows):
         filled = chosen + [chosen[-1]] * (s.batch_size - len(chosen))
         idx, targets = inputs_and_targets(run.machine.device, stream, filled, s.block_size)
         targets[len(chosen):] = -1
-        total += run.forward(idx, targets).double() * len(chosen)
+        total += run.model(idx, targets).double() * len(chosen)
     return total
 
 
@@ -240,6 +240,9 @@ def peak_memory(run):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
 
 
+NOTHING_COMPILED = 'compile=True, but nothing was compiled; unset TORCHDYNAMO_DISABLE and TORCH_COMPILE_DISABLE, or use --compile=False'
+
+
 def count_graphs():
     """(graphs compiled, graph breaks) in this process, as Dynamo counts them."""
     return counters['stats']['unique_graphs'], sum(counters['graph_break'].values())
@@ -249,7 +252,7 @@ def report_graphs(run):
     """Proof of compile: what was compiled is read back, not assumed."""
     now = tuple(a - b for a, b in zip(count_graphs(), run.graphs_before))
     if run.active.compile and now[0] == 0:
-        raise Refused('compile=True, but nothing was compiled; unset TORCHDYNAMO_DISABLE and TORCH_COMPILE_DISABLE, or use --compile=False')
+        raise Refused(NOTHING_COMPILED)
     if now != run.graphs:
         run.graphs = now
         run.log.say(f'compiled graphs {now[0]}, graph breaks {now[1]}')
@@ -306,9 +309,11 @@ def within_memory(run, work):
         try:
             result = work(run)
         except RuntimeError as error:  # out of memory inside the compiler arrives wrapped
+            if 'found no compiled frames' in str(error):  # newer PyTorch with TORCH_COMPILE_DISABLE=1
+                raise Refused(NOTHING_COMPILED) from None
             if not isinstance(error, torch.OutOfMemoryError) and 'out of memory' not in str(error).lower():
                 raise
-            failure = ' '.join(str(error).splitlines()[0].split('. ')[:2]) + '.'  # torch goes on about the allocator
+            failure = '. '.join(str(error).splitlines()[0].split('. ')[:2]).rstrip('.') + '.'  # torch goes on about the allocator
         if run.machine.world > 1 and run.progress.step == run.start_step:  # agreed on in the first step of a session only:
             failed = torch.tensor(float(failure is not None), device=run.machine.device)
             dist.all_reduce(failed)  # it waits for the device
@@ -328,17 +333,20 @@ def step_down(run, failure):
     run.active = replace(s, **changes)
     run.log.say(f'OUT OF MEMORY at step {p.step + 1} ({failure}) Rung {p.rung} of {len(rungs) - 1}: {label}; the effective batch stays '
                 f'{effective_batch(run.active)}')
-    make_forward(run)
+    set_up_model(run)
 
 
-def make_forward(run):
+def set_up_model(run):
     """The model as run.active wants it: chunk size, compiled or not."""
     torch._dynamo.reset()
     gc.collect()
     if run.machine.device.type == 'cuda':
         torch.cuda.empty_cache()
     run.model.config.loss_chunk_tokens = run.active.loss_chunk_tokens
-    run.forward = torch.compile(run.model, fullgraph=True, dynamic=False) if run.active.compile else run.model
+    run.model.uncompile_parts()
+    if run.active.compile:
+        torch._functorch.config.activation_memory_budget = run.active.activation_budget
+        run.model.compile_parts()
     run.graphs, run.graphs_before = (0, 0), count_graphs()
 
 
@@ -429,7 +437,7 @@ def build(s, machine, data, saved):
     bad_step = torch.full((), -1, dtype=torch.int64, device=machine.device)
     run = Run(s, active, machine, data, log, model, flats, optimizer, progress, bad_step=bad_step, mark_step=progress.step,
               start_step=progress.step)
-    make_forward(run)
+    set_up_model(run)
     return run
 
 
