@@ -92,7 +92,8 @@ def main(argv):
     write_json(os.path.join(s.out_dir, 'bench.json'), result)
     for name in ('ours', 'plain'):
         r = result[name]
-        print(f'{name:6s} {r["tokens_per_second"] / 1e3:8.1f}k tok/s  {r["peak_bytes"] / 2**30:6.2f} GiB  loss of the last 50 steps {r["late_loss"]:.4f}')
+        print(f'{name:6s} {r["tokens_per_second"] / 1e3:8.1f}k tok/s  {r["peak_bytes"] / 2**30:6.2f} GiB  '
+              f'loss of the last 50 steps {r["late_loss"]:.4f}')
     print(f'difference of the last {len(late)} logged losses: {result["late_difference"]:+.4f} nat')
     return 0
 

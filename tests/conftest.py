@@ -74,11 +74,13 @@ def losses(folder):
 
 def assert_same_run(a, b):
     """Everything in two last.pt is the same to the bit, but for the time it took and where it lies."""
+    may_differ = (['progress', 'seconds'], ['settings', 'out_dir'], ['settings', 'init_from'], ['settings', 'max_iters'])
+
     def compare(x, y, path):
         if isinstance(x, dict):
             assert x.keys() == y.keys(), path
             for key in x:
-                if path + [key] not in (['progress', 'seconds'], ['settings', 'out_dir'], ['settings', 'init_from'], ['settings', 'max_iters']):
+                if path + [key] not in may_differ:
                     compare(x[key], y[key], path + [key])
         elif torch.is_tensor(x):
             assert torch.equal(x, y), path

@@ -143,8 +143,8 @@ def test_table_says_what_the_summaries_say(trained, tiny, tmp_path, capsys):
     told = [json.loads((tmp_path / name / 'summary.json').read_text()) for name in ('run', 'longer_name')]
     for line, name, numbers, t in zip(lines[1:3], ('run', 'longer_name'), (['8', '1,024'], ['12', '768']), told):
         assert line.split() == [
-            name, *numbers, f"{t['val_loss']:.4f}", f"{t['val_ppl']:.2f}", f"{t['best_val_loss']:.4f}", f"{t['tokens_per_second']:,.0f}", '-',
-            f"{t['peak_memory_bytes'] / 2**30:.2f}", '0', '0', '0', 'finished']
+            name, *numbers, f"{t['val_loss']:.4f}", f"{t['val_ppl']:.2f}", f"{t['best_val_loss']:.4f}",
+            f"{t['tokens_per_second']:,.0f}", '-', f"{t['peak_memory_bytes'] / 2**30:.2f}", '0', '0', '0', 'finished']
     assert len(lines[0]) == len(lines[1]) == len(lines[2])
 
 

@@ -1,6 +1,7 @@
 """Stopping and going on: what was interrupted, by whatever, ends as if it had not been."""
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -187,7 +188,6 @@ def test_checkpoint_that_would_run_code_is_refused(tmp_path):
 def test_full_disk_while_saving_keeps_the_previous_checkpoint(tmp_path):
     path, limit = str(tmp_path / 'last.pt'), 200_000
     rundir.save_checkpoint(path, {'weights': torch.ones(10)})
-    import resource
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writing beyond the limit fails, as on a full disk
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))

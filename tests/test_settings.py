@@ -121,7 +121,8 @@ def test_config_file_that_is_not_there_or_not_text(tiny, tmp_path):
     for name, hint in (('basline.py', f"; did you mean '{tmp_path}/baseline.py'?"), ('other_thing.py', '')):
         assert refusal(train.main, [f'{tmp_path}/{name}'])[0] == (
             f"config file '{tmp_path}/{name}' cannot be read: No such file or directory{hint}")
-    assert refusal(train.main, [f'{tmp_path}/baseline.py'] + tiny())[0].startswith(f"config file '{tmp_path}/baseline.py' cannot be read: ")
+    problem, = refusal(train.main, [f'{tmp_path}/baseline.py'] + tiny())
+    assert problem.startswith(f"config file '{tmp_path}/baseline.py' cannot be read: ")
 
 
 COMBINATIONS = {
