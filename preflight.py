@@ -7,8 +7,11 @@ from typing import NamedTuple
 
 import torch
 
+import prune
 from files import read_json
+from memory import predicted_memory, size
 from model import GPT, GPTConfig, attention_backend
+from optim import build_optimizer, flatten
 from rundir import load_checkpoint
 from settings import Refused
 from shards import open_data
@@ -72,8 +75,9 @@ def preflight(s, problems):
         problems += refused.problems
     if data and not problems:
         with torch.device('meta'):
-            parameters = GPT(model_config(s, data.vocab_size)).parameter_count()
-        needed = parameters * 4 * (3 + 1) * 2  # last.pt and best.pt in float32, each beside the one it replaces
+            model = GPT(model_config(s, data.vocab_size))
+            problems += check_optimizer(s, model)
+        needed = model.parameter_count() * 4 * (3 + 1) * 2  # last.pt and best.pt in float32, each beside the one it replaces
     problems += check_out_dir(s, needed)
     if problems:
         raise Refused(problems)
@@ -83,6 +87,30 @@ def preflight(s, problems):
 def model_config(s, vocab_size):
     """The model these settings describe."""
     return GPTConfig(vocab_size=vocab_size, **{f.name: getattr(s, f.name) for f in fields(GPTConfig) if hasattr(s, f.name)})
+
+
+def optimizer_options(s, model):
+    """Arguments of optim.build_optimizer that choose the optimizer, its spike handling and its pruning."""
+    kind = s.optimizer if s.prune_score == 'none' else 'adamwprune'
+    base = s.adamwprune_base if s.optimizer == 'adamwprune' else s.optimizer
+    options = {'optimizer': kind}
+    if base == 'adamwspam':
+        options.update({key: getattr(s, key) for key in vars(s) if key.startswith('spam_')}, spam_theta=s.spam_theta or None)
+    if kind == 'adamwprune':
+        options.update(base=base, score=s.prune_score, target_sparsity=s.target_sparsity, schedule=s.prune_schedule, start=s.prune_start,
+                       end=s.prune_end, interval=s.prune_interval, regrow=s.prune_regrow, srste=s.prune_srste, pattern=s.prune_pattern,
+                       allow_extra_memory=s.allow_extra_memory, prunable=prune.prunable(model.named_parameters(), s.prune_scope))
+    return options
+
+
+def check_optimizer(s, model):
+    """Problems that the optimizer itself finds in its settings, with the shapes of this model."""
+    try:
+        build_optimizer(flatten(model, torch.float32), lr=s.learning_rate, betas=(s.beta1, s.beta2), eps=s.eps,
+                        weight_decay=s.weight_decay, compiled=False, **optimizer_options(s, model))
+    except ValueError as error:
+        return [str(error)]
+    return []
 
 
 def check_data(s, data):
@@ -158,31 +186,6 @@ def effective_batch(s):
     return s.batch_size * s.gradient_accumulation_steps
 
 
-def predicted_memory(s, config, dtype, parameters, world):
-    """{part: bytes} on one device. Activations are an estimate, the rest is counted.
-
-    A compiled block keeps 16 widths a token (residual x 2, norms x 2, qkv x 3, attention, 8 of the MLP), 10 of them if
-    it may compute the norms and the GELU again (activation_budget < 1); uncompiled it also keeps float32 norm inputs.
-    """
-    element = torch.finfo(dtype).bits // 8
-    tokens = s.batch_size * s.block_size
-    kept = 16 * (1 if s.activation_budget == 1 else min(10 / 16, s.activation_budget))
-    a_block = int(kept * element if s.compile else 17 * element + 2 * 4) * tokens * s.n_embd
-    chunk = min(s.loss_chunk_tokens, tokens) * config.padded_vocab_size
-    return {
-        'working weights': parameters * element if element < 4 else 0,
-        'master weights': parameters * 4,
-        'moments': parameters * 8,
-        'gradients': parameters * (4 + element),
-        'activations': s.n_layer * a_block + 2 * tokens * s.n_embd * element,
-        'logits': chunk * (element if s.compile else element + 4 * 4) + config.padded_vocab_size * s.n_embd * (4 + 2 * element),
-    }
-
-
-def size(n):
-    return f'{n / 2**30:.2f} GiB' if n >= 2**28 else f'{n / 2**20:.1f} MiB'
-
-
 def table(s, machine, data, model, start_step):
     """The preflight table as text. Refused if a GPU would fall to math attention without permission."""
     tokens_a_step = effective_batch(s) * s.block_size
@@ -191,7 +194,9 @@ def table(s, machine, data, model, start_step):
     if backend == 'math' and machine.device.type == 'cuda' and not s.allow_math_attention:
         raise Refused(f'attention would run unfused (math) on {machine.name}: O(block_size^2) memory and slow; use --dtype=bfloat16 '
                       'and a head width that fused kernels support, or permit it with --allow_math_attention=True')
-    memory = predicted_memory(s, model.config, machine.dtype, model.parameter_count(), machine.world)
+    named = dict(model.named_parameters())
+    prunable = sum(named[name].numel() for name in prune.prunable(named.items(), s.prune_scope))
+    memory = predicted_memory(s, model.config, machine.dtype, model.parameter_count(), prunable)
     peak = f'{machine.peak_flops / 1e12:.0f} TFLOP/s peak in bfloat16' if machine.peak_flops else 'peak unknown, no MFU'
     micro = s.gradient_accumulation_steps // machine.world
     rows = [
@@ -206,7 +211,9 @@ def table(s, machine, data, model, start_step):
         ('attention', f'{backend}' + (' (unfused, as allowed)' if backend == 'math' and machine.device.type == 'cuda' else '')),
         ('compile', 'yes, proven after the first steps' if s.compile else 'no'),
         ('memory, predicted', f'{size(sum(memory.values()))}: ' + ', '.join(f'{part} {size(n)}' for part, n in memory.items() if n)),
-        ('parameters', f'{model.parameter_count():,}; {prunable(model):,} prunable (matrices of the blocks); no pruning'),
+        ('parameters', f'{model.parameter_count():,}, of them {prunable:,} prunable ({s.prune_scope})'),
+        ('optimizer', s.optimizer + (f' on {s.adamwprune_base}' if s.optimizer == 'adamwprune' else '')),
+        ('pruning', pruning_plan(s, prunable)),
         ('learning rate', f'{s.warmup_iters} warm-up, {s.learning_rate:g} -> {s.min_lr:g} at {s.lr_decay_iters or s.max_iters}'),
         ('run directory', s.out_dir + (f', continued from step {start_step}' if start_step else '')),
     ]
@@ -214,9 +221,13 @@ def table(s, machine, data, model, start_step):
     return '\n'.join(lines + [f'  {"note":<18s} {note}' for note in notes(s, machine, memory, epochs)])
 
 
-def prunable(model):
-    """Elements of the linear weights of the transformer blocks."""
-    return sum(p.numel() for p in model.blocks.parameters() if p.dim() == 2)
+def pruning_plan(s, prunable):
+    """What pruning will do and when, as text."""
+    if s.prune_score == 'none':
+        return 'none'
+    how = f'{s.prune_score}, {s.prune_pattern}, ' + ('regrowing until the end of the ramp' if s.prune_regrow else 'for good')
+    return (f'{s.target_sparsity:.1%} of the {prunable:,} weights of {s.prune_scope} by {how}; {s.prune_schedule} from step '
+            f'{s.prune_start} to {s.prune_end} every {s.prune_interval}, then {s.max_iters - s.prune_end} steps of recovery')
 
 
 def notes(s, machine, memory, epochs):
@@ -232,5 +243,7 @@ def notes(s, machine, memory, epochs):
             yield 'not compiled: slower and more memory'
     if epochs > 4:
         yield f'{epochs:.1f} epochs: beyond about 4, repeated text teaches little (arXiv 2305.16264)'
+    if s.prune_score == 'bitter10':
+        yield 'bitter10 keeps three more float32 numbers a prunable weight'
     if s.grad_clip == 0:
         yield 'grad_clip=0: one bad batch can end the run'

@@ -447,3 +447,14 @@ def unpack(packed):
     out = torch.zeros(packed['shape'], dtype=packed['values'].dtype)
     out[torch.from_numpy(mask).view(packed['shape'])] = packed['values']
     return out
+
+
+def pack_weights(weights, masks, dtype):
+    """{name: tensor} with the masked ones packed, matrices in `dtype` (what the model reads); unpack_weights undoes it."""
+    cast = {name: w.to(dtype) if w.dim() >= 2 else w for name, w in weights.items()}
+    return {name: pack(w, masks[name]) if name in masks else w for name, w in cast.items()}
+
+
+def unpack_weights(weights):
+    """{name: dense tensor} of what a checkpoint has under `weights`, packed or not."""
+    return {name: unpack(w) if isinstance(w, dict) else w for name, w in weights.items()}

@@ -11,6 +11,7 @@ import torch
 
 from model import GPT
 from preflight import find_machine, model_config
+from prune import unpack_weights
 from rundir import load_checkpoint
 from settings import Refused, Settings, help_text, parse
 from shards import get_tokenizer
@@ -44,7 +45,8 @@ def load_model(run_dir, checkpoint, machine):
     """(model for use on `machine`, name of its tokenizer) from a run directory; Refused if there is none."""
     saved = load_checkpoint(os.path.join(run_dir, f'{checkpoint}.pt'))
     model = GPT(model_config(Settings(**saved['settings']), saved['data']['vocab_size']))
-    model.load_state_dict(saved['weights'])
+    masks, weights = saved.get('mask', {}), unpack_weights(saved['weights'])
+    model.load_state_dict({name: torch.where(masks[name], w, 0) if name in masks else w for name, w in weights.items()})
     for p in model.parameters():
         p.data = p.data.to(machine.device, machine.dtype if p.dim() >= 2 else torch.float32)
     return model.eval(), saved['data']['tokenizer']

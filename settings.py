@@ -44,7 +44,7 @@ class Settings:
     bias: bool = False  # in linear layers and LayerNorms; True is GPT-2, False is nanoGPT's default
     loss_chunk_tokens: int = 8192  # tokens whose logits exist at the same time: memory is this x vocabulary
     # --- optimizer (nanoGPT's GPT-2 values, after GPT-3, arXiv 2005.14165 appendix B) -----------------
-    optimizer: Literal['adamw'] = 'adamw'  # decoupled weight decay, arXiv 1711.05101
+    optimizer: Literal['adamw', 'adamwspam', 'adamwprune'] = 'adamw'  # adamwprune prunes by its own state
     learning_rate: float = 6e-4  # peak
     min_lr: float = 6e-5  # at the end of the cosine; a tenth of the peak (Chinchilla, arXiv 2203.15556)
     warmup_iters: int = 2000  # updates of linear warm-up
@@ -55,6 +55,28 @@ class Settings:
     beta2: float = 0.95  # decay of the second moment
     eps: float = 1e-8  # added to sqrt(v): PyTorch's AdamW
     grad_clip: float = 1.0  # global gradient norm; 0: no clipping
+    # --- gradient spikes: optimizer=adamwspam, or adamwprune_base=adamwspam --------------------------------
+    adamwprune_base: Literal['adamw', 'adamwspam'] = 'adamw'  # what adamwprune is underneath
+    spam_mode: Literal['paper', 'reference', 'stable'] = 'paper'  # arXiv 2501.06842, the runs of 2025, arXiv 2502.17055
+    spam_interval: int = 500  # updates between resets of the moments; 0: none
+    spam_warmup: int = 150  # updates of held-back learning rate after a reset
+    spam_theta: float = 0.0  # a gradient element is cut where g^2 > theta v; 0: the mode's own, 5000 (paper) or 50 (reference)
+    spam_grace: int = 20  # paper: updates after the start or a reset without cutting
+    spam_step_twice: bool = False  # defect of the reference: its clock ran twice as fast, an interval of 1000 meant 500
+    spam_lr_sticks: bool = False  # defect of the reference: each warm-up scaled what the last had left of the learning rate
+    spam_decay_lost: bool = False  # defect of the reference: weight decay was not passed on
+    # --- pruning (defaults: from 30% to 95% of 50,000 updates) ---------------------------------------------
+    prune_score: Literal['none', 'magnitude', 'movement', 'bitter0', 'bitter1', 'bitter2', 'bitter3', 'bitter4', 'bitter5', 'bitter6', 'bitter7', 'bitter8', 'bitter9', 'bitter10', 'bitter10z'] = 'none'  # what a weight is worth, see prune.py
+    target_sparsity: float = 0.5  # share of the scope's weights that is pruned in the end
+    prune_scope: Literal['blocks', 'blocks+embedding'] = 'blocks'  # linear weights of the blocks; with the tied embedding
+    prune_schedule: Literal['linear', 'zhu_gupta', 'cubic_late'] = 'zhu_gupta'  # arXiv 1710.01878: fast first, slow at the end
+    prune_start: int = 15_000  # update at which the ramp begins
+    prune_end: int = 47_500  # update at which it ends and the masks are frozen
+    prune_interval: int = 100  # updates between masks
+    prune_regrow: bool = False  # pruned weights live on in the masters and may come back before prune_end
+    prune_srste: float = 0.0  # with prune_regrow: decay of the pruned (SR-STE, arXiv 2102.04010); 0: plain straight-through
+    prune_pattern: Literal['unstructured', '2:4'] = 'unstructured'  # 2:4: two of four inputs, all at prune_start
+    allow_extra_memory: bool = False  # permits bitter10, three more float32 numbers a weight
     # --- evaluation, logging, safety -----------------------------------------------------------------
     eval_interval: int = 500  # updates between evaluations
     eval_tokens: int = 1_048_576  # first tokens of the validation split that are scored; 0: all
@@ -216,6 +238,38 @@ def check(s):
     require(s.min_lr <= s.learning_rate, 'min_lr', 'learning_rate', must='min_lr must not be above learning_rate')
     require(s.eval_tokens == 0 or s.eval_tokens >= s.block_size, 'eval_tokens', 'block_size',
             must='must hold at least one sequence; 0 scores the whole split')
+    problems += check_optimizer(s)
     require(s.out_dir, 'out_dir', must='must name a folder')
     require(s.dataset, 'dataset', must='must name a data set')
+    return problems
+
+
+def check_optimizer(s):
+    """Problems of the optimizer's and the pruning settings, among them settings that would act on nothing."""
+    problems, default = [], Settings()
+    spam = s.optimizer == 'adamwspam' or (s.optimizer == 'adamwprune' and s.adamwprune_base == 'adamwspam')
+    pruning = s.prune_score != 'none'
+
+    def unused(keys, condition):
+        problems.extend(f'{key}={getattr(s, key)!r}: acts only with {condition}; leave it out'
+                        for key in keys.split() if getattr(s, key) != getattr(default, key))
+
+    if s.optimizer != 'adamwprune':
+        unused('adamwprune_base', 'optimizer=adamwprune')
+    if not spam:
+        unused('spam_mode spam_interval spam_warmup spam_theta spam_grace spam_step_twice spam_lr_sticks spam_decay_lost',
+               'optimizer=adamwspam or adamwprune_base=adamwspam')
+    if not pruning:
+        unused('target_sparsity prune_scope prune_schedule prune_start prune_end prune_interval prune_regrow prune_srste '
+               'prune_pattern allow_extra_memory', 'a prune_score')
+        if s.optimizer == 'adamwprune':
+            problems.append("optimizer='adamwprune' prune_score='none': it prunes by a score of its own state; set e.g. --prune_score=bitter7")
+    elif s.optimizer != 'adamwprune' and s.prune_score not in ('magnitude', 'movement'):
+        problems.append(f'optimizer={s.optimizer!r} prune_score={s.prune_score!r}: scores other than magnitude and movement are of '
+                        'the optimizer\'s own state; set --optimizer=adamwprune')
+    if pruning and not 0 <= s.prune_start < s.prune_end <= s.max_iters:
+        problems.append(f'prune_start={s.prune_start} prune_end={s.prune_end} max_iters={s.max_iters}: the ramp must start before it '
+                        f'ends and end within the run, e.g. --prune_start={s.max_iters * 3 // 10} --prune_end={s.max_iters * 19 // 20}')
+    if pruning and s.prune_interval < 1:
+        problems.append(f'prune_interval={s.prune_interval}: must be at least 1')
     return problems

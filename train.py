@@ -24,10 +24,12 @@ import torch.distributed as dist
 from torch._dynamo.utils import counters
 
 from files import write_json
+from memory import ladder
 from model import GPT
-from optim import build_optimizer, flatten, gradient_norm, learning_rate_at, load_named_state, named_state
+from optim import build_optimizer, flatten, gradient_norm, learning_rate_at, load_named_state, masked_weights, named_state
 from shards import window_order
-from preflight import checkpoint_to_resume, effective_batch, is_finished, model_config, preflight, table
+from preflight import checkpoint_to_resume, effective_batch, is_finished, model_config, optimizer_options, preflight, table
+from prune import pack_weights, sparsity_report
 from rundir import RunLog, provenance, save_checkpoint
 from settings import Refused, Settings, check, help_text, parse
 
@@ -108,7 +110,7 @@ def one_step(run):
     for group in run.optimizer.param_groups:
         group['lr'] = learning_rate_at(p.step, s.learning_rate, s.min_lr, s.warmup_iters, s.lr_decay_iters or s.max_iters)
     clip = (s.grad_clip / (norm + 1e-6)).clamp(max=1.0) if s.grad_clip else None  # as torch's clip_grad_norm_
-    run.optimizer.step(clip=clip, finite=run.bad_step < 0)  # from a bad step on nothing changes, until it is noticed
+    run.optimizer.step(clip=clip, finite=run.bad_step < 0, norm=norm)  # from a bad step on nothing changes, until it is noticed
     p.step += 1
     return loss, norm
 
@@ -174,14 +176,25 @@ def evaluate_and_keep_best(run):
     with paused(run):
         stop_if_bad(run)
         p.val_loss = evaluate(run).item()
-        record = dict(step=p.step, val_loss=p.val_loss, val_ppl=perplexity(p.val_loss), sparsity=0.0)
+        record = dict(step=p.step, val_loss=p.val_loss, val_ppl=perplexity(p.val_loss), sparsity=sparsity(run)[0])
         run.log.say(f'step {p.step:>6}/{s.max_iters}  validation loss {p.val_loss:.4f}  perplexity {record["val_ppl"]:.2f}')
         run.log.measure(record)
         if p.val_loss < p.best_val_loss:
             p.best_val_loss = p.val_loss
             if run.log.write and p.step > 0:
-                weights = {'weights': named_state(run.flats, run.optimizer)['weights'], 'val_loss': p.val_loss, 'step': p.step}
-                save_checkpoint(os.path.join(s.out_dir, 'best.pt'), {**identity(run), **weights})
+                content = {**identity(run), 'weights': weights_as_used(run), 'val_loss': p.val_loss, 'step': p.step}
+                save_checkpoint(os.path.join(s.out_dir, 'best.pt'), content)
+
+
+def weights_as_used(run):
+    """For best.pt: float32 masters, or of a pruned run what the model reads, the pruned matrices as bits and kept values."""
+    weights, masks = masked_weights(run.flats, run.optimizer), named_state(run.flats, run.optimizer).get('mask', {})
+    return pack_weights(weights, masks, run.machine.dtype) if masks else weights
+
+
+def sparsity(run):
+    """(share of the scope's weights that is pruned, share of all parameters), known without asking the device."""
+    return getattr(run.optimizer, 'sparsity', 0.0), run.optimizer.shared.get('pruned', 0) / run.model.parameter_count()
 
 
 def perplexity(loss):
@@ -217,7 +230,7 @@ def log_step(run, loss, norm):
     run.speed, run.mark, run.mark_step = dict(tokens_per_second=rate, mfu=mfu), now, p.step
     lr, memory = run.optimizer.param_groups[0]['lr'], peak_memory(run)
     run.log.measure(dict(step=p.step, tokens=p.step * effective_batch(s) * s.block_size, loss=loss, grad_norm=norm, lr=lr,
-                         **run.speed, peak_memory_bytes=memory, sparsity=0.0, spikes=0, seconds=elapsed(run)))
+                         **run.speed, peak_memory_bytes=memory, sparsity=sparsity(run)[0], spikes=spikes(run), seconds=elapsed(run)))
     run.log.say(f'step {p.step:>6}  loss {loss:7.4f}  norm {norm:5.2f}  lr {lr:.1e}  {rate / 1e3:6.1f}k tok/s  '
                 + (f'mfu {mfu:5.1%}  ' if mfu else '') + f'{memory / 2**30:4.1f} GiB  eta {clock(seconds * (s.max_iters - p.step))}')
     report_graphs(run)
@@ -227,6 +240,11 @@ def log_step(run, loss, norm):
 
 def clock(seconds):
     return f'{int(seconds // 3600)}:{int(seconds // 60 % 60):02d}:{int(seconds % 60):02d}'
+
+
+def spikes(run):
+    """Updates so far on which the optimizer met a gradient spike."""
+    return run.optimizer.counters()['spikes'] if hasattr(run.optimizer, 'counters') else 0
 
 
 def elapsed(run):
@@ -284,22 +302,6 @@ def guard_against_divergence(run, loss):
 
 
 # --- out-of-memory ladder ----------------------------------------------------------------------------
-
-
-def ladder(s):
-    """(label, changed settings) from as configured down; the effective batch is the same on every rung."""
-    finer = {'loss_chunk_tokens': max(1, s.loss_chunk_tokens // 4)}
-    rungs = [('as configured', {}), ('loss in chunks of a quarter', finer)]
-    if s.compile:
-        rungs.append(('without compile', {**finer, 'compile': False}))
-    batch, micro_batches = s.batch_size, s.gradient_accumulation_steps
-    while batch > 1:
-        factor = next(f for f in range(2, batch + 1) if batch % f == 0)
-        batch, micro_batches = batch // factor, micro_batches * factor
-        # Compiled again: without compile was tried for the compiler's own needs, and needs more memory in the steps.
-        changes = {**finer, 'batch_size': batch, 'gradient_accumulation_steps': micro_batches}
-        rungs.append((f'micro-batches of {batch}, {micro_batches} of them', changes))
-    return rungs
 
 
 def within_memory(run, work):
@@ -406,13 +408,16 @@ def signals_noted(run):
 def write_summary(run, reason):
     """summary.json, whatever way the run ended."""
     s, p = run.settings, run.progress
+    in_scope, in_all = sparsity(run)
+    layers = sparsity_report({}, named_state(run.flats, run.optimizer).get('mask', {}))['layers']
     if run.log.write:
         write_json(os.path.join(s.out_dir, 'summary.json'), dict(
             steps=p.step, tokens=p.step * effective_batch(s) * s.block_size, val_loss=p.val_loss, val_ppl=perplexity(p.val_loss),
-            best_val_loss=p.best_val_loss, sparsity=0.0, sparsity_all=0.0, tokens_per_second=run.speed.get('tokens_per_second'),
-            mfu=run.speed.get('mfu'), peak_memory_bytes=peak_memory(run), compiled_graphs=run.graphs[0], graph_breaks=run.graphs[1],
+            best_val_loss=p.best_val_loss, sparsity=in_scope, sparsity_all=in_all, sparsity_by_layer=layers,
+            tokens_per_second=run.speed.get('tokens_per_second'), mfu=run.speed.get('mfu'), peak_memory_bytes=peak_memory(run), compiled_graphs=run.graphs[0], graph_breaks=run.graphs[1],
             rung=p.rung, rung_label=ladder(s)[p.rung][0], effective_batch=effective_batch(s), parameters=run.model.parameter_count(),
-            dataset=run.data.name, fingerprint=run.data.fingerprint, seconds=elapsed(run), exit_reason=reason))
+            dataset=run.data.name, fingerprint=run.data.fingerprint, seconds=elapsed(run), exit_reason=reason,
+            **getattr(run.optimizer, 'counters', dict)()))
 
 
 # --- from settings to a run --------------------------------------------------------------------------
@@ -431,7 +436,7 @@ def build(s, machine, data, saved):
         progress.rung = 0  # it counts on the old ladder
     active = replace(s, **ladder(s)[progress.rung][1])
     optimizer = build_optimizer(flats, lr=s.learning_rate, betas=(s.beta1, s.beta2), eps=s.eps, weight_decay=s.weight_decay,
-                                compiled=active.compile)
+                                compiled=active.compile, **optimizer_options(s, model))
     load_named_state(flats, optimizer, saved or {'weights': weights}, step=progress.step)
     log = RunLog(s.out_dir, s.tracker, asdict(s), keep_until=progress.step if saved else None, write=machine.rank == 0)
     bad_step = torch.full((), -1, dtype=torch.int64, device=machine.device)

@@ -77,7 +77,7 @@ ARGUMENTS = {
     'float, nan': ('--learning_rate=nan', "command line: learning_rate='nan' is not a finite float"),
     'bool': ('--compile=1', "command line: compile='1' is not a bool: write True or False"),
     'bool, no': ('--bias=no', "command line: bias='no' is not a bool: write True or False"),
-    'choice': ('--optimizer=adam', "command line: optimizer='adam' is not one of adamw; did you mean 'adamw'?"),
+    'choice': ('--optimizer=adam', "command line: optimizer='adam' is not one of adamw, adamwspam, adamwprune; did you mean 'adamw'?"),
     'choice, far': ('--dtype=int8', "command line: dtype='int8' is not one of auto, float32, bfloat16"),
     'stray word': ('fast', "command line: 'fast' is not of the form config/FILE.py or --key=value"),
 }

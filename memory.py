@@ -1,0 +1,50 @@
+"""Memory: what a run will need, and the ladder of ways to need less of it."""
+import torch
+
+
+def predicted_memory(s, config, dtype, parameters, prunable):
+    """{part: bytes} on one device. Activations are an estimate, the rest is counted.
+
+    A compiled block keeps 16 widths a token (residual x 2, norms x 2, qkv x 3, attention, 8 of the MLP), 10 of them if
+    it may compute the norms and the GELU again (activation_budget < 1); uncompiled it also keeps float32 norm inputs.
+    """
+    element = torch.finfo(dtype).bits // 8
+    tokens = s.batch_size * s.block_size
+    kept = 16 * (1 if s.activation_budget == 1 else min(10 / 16, s.activation_budget))
+    a_block = int(kept * element if s.compile else 17 * element + 2 * 4) * tokens * s.n_embd
+    chunk = min(s.loss_chunk_tokens, tokens) * config.padded_vocab_size
+    return {
+        'working weights': parameters * element if element < 4 else 0,
+        'master weights': parameters * 4,
+        'moments': parameters * 8,
+        'gradients': parameters * (4 + element),
+        'pruning': prunable * per_weight(s, element) if s.prune_score != 'none' else 0,
+        'activations': s.n_layer * a_block + 2 * tokens * s.n_embd * element,
+        'logits': chunk * (element if s.compile else element + 4 * 4) + config.padded_vocab_size * s.n_embd * (4 + 2 * element),
+    }
+
+
+def per_weight(s, element):
+    """Bytes a prunable weight that pruning needs: its mask, and what only some scores or settings keep."""
+    extra = {'movement': 4, 'bitter10': 12}.get(s.prune_score, 0)
+    return 1 + extra + (4 if s.prune_regrow and element == 4 else 0)
+
+
+def size(n):
+    return f'{n / 2**30:.2f} GiB' if n >= 2**28 else f'{n / 2**20:.1f} MiB'
+
+
+def ladder(s):
+    """(label, changed settings) from as configured down; the effective batch is the same on every rung."""
+    finer = {'loss_chunk_tokens': max(1, s.loss_chunk_tokens // 4)}
+    rungs = [('as configured', {}), ('loss in chunks of a quarter', finer)]
+    if s.compile:
+        rungs.append(('without compile', {**finer, 'compile': False}))
+    batch, micro_batches = s.batch_size, s.gradient_accumulation_steps
+    while batch > 1:
+        factor = next(f for f in range(2, batch + 1) if batch % f == 0)
+        batch, micro_batches = batch // factor, micro_batches * factor
+        # Compiled again: without compile was tried for the compiler's own needs, and needs more memory in the steps.
+        changes = {**finer, 'batch_size': batch, 'gradient_accumulation_steps': micro_batches}
+        rungs.append((f'micro-batches of {batch}, {micro_batches} of them', changes))
+    return rungs
