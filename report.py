@@ -13,7 +13,7 @@ from settings import Refused, help_text, parse
 
 COLUMNS = (  # heading, key of summary.json, how to write it
     ('steps', 'steps', '{:,}'), ('tokens', 'tokens', '{:,}'), ('val loss', 'val_loss', '{:.4f}'), ('perplexity', 'val_ppl', '{:.2f}'),
-    ('best loss', 'best_val_loss', '{:.4f}'), ('tok/s', 'tokens_per_second', '{:,.0f}'), ('MFU', 'mfu', '{:.1%}'),
+    ('best loss', 'best_val_loss', '{:.4f}'), ('sparsity', 'sparsity', '{:.1%}'), ('of all', 'sparsity_all', '{:.1%}'), ('tok/s', 'tokens_per_second', '{:,.0f}'), ('MFU', 'mfu', '{:.1%}'),
     ('peak GiB', 'peak_memory_bytes', '{:.2f}'), ('graphs', 'compiled_graphs', '{}'), ('breaks', 'graph_breaks', '{}'),
     ('rung', 'rung', '{}'), ('ended', 'exit_reason', '{}'))
 
@@ -52,10 +52,12 @@ def unfair(runs):
              'tokens trained on': lambda r: r['summary']['tokens'], 'effective batch': lambda r: r['summary']['effective_batch'],
              'tokens evaluated (eval_tokens)': lambda r: r['config']['settings']['eval_tokens'],
              'block_size': lambda r: r['config']['settings']['block_size'], 'seed': lambda r: r['config']['settings']['seed'],
-             'parameters': lambda r: r['summary']['parameters'], 'numbers': lambda r: r['config']['dtype'],
+             'parameters': lambda r: r['summary']['parameters'],
+             'prune_scope': lambda r: r['config']['settings']['prune_scope'] if r['summary'].get('sparsity') else None,
+             'numbers': lambda r: r['config']['dtype'],
              'code': lambda r: r['config']['commit'][:12]}
     for what, view in views.items():
-        if len({view(run) for run in runs}) > 1:
+        if len({view(run) for run in runs} - {None}) > 1:
             lines.append(f'{what} differs: ' + ', '.join(f"{run['name']} {view(run)}" for run in runs))
     for run in runs:
         if run['summary']['exit_reason'] != 'finished':
@@ -68,30 +70,57 @@ def unfair(runs):
 
 
 def plot(runs, path):
-    """Loss over tokens and learning rate over tokens, to a PNG at `path`."""
+    """Loss, sparsity and learning rate over tokens, and of pruned runs the sparsity of each matrix, to a PNG at `path`."""
     import matplotlib
     matplotlib.use('Agg')  # no display needed
     from matplotlib import pyplot
 
-    figure, (top, bottom) = pyplot.subplots(2, 1, figsize=(8, 6), sharex=True, height_ratios=(3, 1), layout='constrained')
+    pruned = [run for run in runs if run['summary'].get('sparsity_by_layer')]
+    figure, axes = pyplot.subplots(3, 2 if pruned else 1, figsize=(12 if pruned else 8, 7), squeeze=False, layout='constrained',
+                                   height_ratios=(4, 1, 1), width_ratios=(5, 3) if pruned else (1,))
+    loss, sparsity, rate = axes[:, 0]
     for i, run in enumerate(runs):
-        color, a_step = f'C{i}', run['summary']['tokens'] / max(1, run['summary']['steps'])
-        final = run['summary']['val_loss']  # None if it ended before the first evaluation
-        trained = [r for r in run['metrics'] if 'loss' in r]
-        evaluated = [r for r in run['metrics'] if 'val_loss' in r]
-        top.plot([r['tokens'] for r in trained], [r['loss'] for r in trained], color=color, alpha=0.35, linewidth=1,
-                 label=f"{run['name']}, training")
-        top.plot([r['step'] * a_step for r in evaluated], [r['val_loss'] for r in evaluated], color=color, marker='o', markersize=3,
-                 label=f"{run['name']}, validation: " + ('-' if final is None else f'{final:.3f}'))
-        bottom.plot([r['tokens'] for r in trained], [r['lr'] for r in trained], color=color)
-    top.set_ylabel('loss (nat a token)')
-    top.legend()
-    bottom.set_ylabel('learning rate')
-    bottom.set_xlabel('training tokens')
-    for axis in (top, bottom):
+        plot_run(run, f'C{i}', loss, sparsity, rate)
+    loss.set_ylabel('loss (nat a token)')
+    loss.legend()
+    sparsity.set_ylabel('sparsity')
+    rate.set_ylabel('learning rate')
+    rate.set_xlabel('training tokens')
+    for axis in (loss, sparsity, rate):
+        axis.sharex(rate)
         axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    if pruned:
+        plot_layers(pruned, runs, figure, axes)
+    figure.savefig(path, dpi=110)
     pyplot.close(figure)
+
+
+def plot_run(run, color, loss, sparsity, rate):
+    a_step = run['summary']['tokens'] / max(1, run['summary']['steps'])
+    final = run['summary']['val_loss']  # None if it ended before the first evaluation
+    trained = [r for r in run['metrics'] if 'loss' in r]
+    evaluated = [r for r in run['metrics'] if 'val_loss' in r]
+    tokens = [r['tokens'] for r in trained]
+    loss.plot(tokens, [r['loss'] for r in trained], color=color, alpha=0.35, linewidth=1, label=f"{run['name']}, training")
+    loss.plot([r['step'] * a_step for r in evaluated], [r['val_loss'] for r in evaluated], color=color, marker='o', markersize=3,
+              label=f"{run['name']}, validation: " + ('-' if final is None else f'{final:.3f}'))
+    sparsity.plot(tokens, [r['sparsity'] for r in trained], color=color)
+    rate.plot(tokens, [r['lr'] for r in trained], color=color)
+
+
+def plot_layers(pruned, runs, figure, axes):
+    """The right column: sparsity of each matrix, in the order of the model."""
+    for axis in axes[:, 1]:
+        axis.remove()
+    axis = figure.add_subplot(axes[0, 1].get_gridspec()[:, 1])
+    for run in pruned:
+        layers = run['summary']['sparsity_by_layer']
+        axis.plot(list(layers.values()), range(len(layers)), color=f'C{runs.index(run)}', marker='o', markersize=4, label=run['name'])
+    few = max(1, len(layers) // 24)  # names that fit
+    axis.set_yticks(range(0, len(layers), few), [name.removesuffix('.weight') for name in layers][::few], fontsize=7)
+    axis.invert_yaxis()
+    axis.set_xlabel('sparsity of a matrix')
+    axis.grid(alpha=0.3)
 
 
 def main(argv):
