@@ -139,11 +139,12 @@ def test_table_says_what_the_summaries_say(trained, tiny, tmp_path, capsys):
     capsys.readouterr()
     assert report.main([str(trained), str(tmp_path / 'longer_name') + '/', f'--plot={tmp_path}/p.png']) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ('run steps tokens val loss perplexity best loss sparsity of all tok/s MFU peak GiB graphs breaks rung ended').split()
+    assert lines[0].split() == ('run steps tokens val loss perplexity best loss sparsity of all tok/s MFU peak GiB graphs breaks rung '
+                                'ended').split()
     told = [json.loads((tmp_path / name / 'summary.json').read_text()) for name in ('run', 'longer_name')]
     for line, name, numbers, t in zip(lines[1:3], ('run', 'longer_name'), (['8', '1,024'], ['12', '768']), told):
         assert line.split() == [
-            name, *numbers, f"{t['val_loss']:.4f}", f"{t['val_ppl']:.2f}", f"{t['best_val_loss']:.4f}",
+            name, *numbers, f"{t['val_loss']:.4f}", f"{t['val_ppl']:.2f}", f"{t['best_val_loss']:.4f}", '0.0%', '0.0%',
             f"{t['tokens_per_second']:,.0f}", '-', f"{t['peak_memory_bytes'] / 2**30:.2f}", '0', '0', '0', 'finished']
     assert len(lines[0]) == len(lines[1]) == len(lines[2])
 
