@@ -70,6 +70,7 @@ def train_plain(s, machine, data, say):
 
 
 def main(argv):
+    """Both trainings, one after the other, their table and bench.json; returns the exit code."""
     s, problems = parse(Settings, argv)
     machine, data = preflight(s, problems + check(s))
     trained = subprocess.run([sys.executable, os.path.join(os.path.dirname(os.path.abspath(__file__)), 'train.py'), *argv])

@@ -35,6 +35,7 @@ def flatten(model, dtype):
 
 
 def flatten_kind(named, dtype):
+    """One Flat of [(name, parameter)], in this order, each starting at a multiple of 64 elements."""
     layout, size = {}, 0
     for name, p in named:
         layout[name] = (size, p.shape)

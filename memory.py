@@ -1,4 +1,7 @@
 """Memory: what a run will need, and the ladder of ways to need less of it."""
+import resource
+import sys
+
 import torch
 
 
@@ -28,6 +31,13 @@ def per_weight(s, element):
     """Bytes a prunable weight that pruning needs: its mask, and what only some scores or settings keep."""
     extra = {'movement': 4, 'bitter10': 12}.get(s.prune_score, 0)
     return 1 + extra + (4 if s.prune_regrow and element == 4 else 0)
+
+
+def peak_memory(device):
+    """Bytes so far: of the device's allocator on a GPU, of the process on a CPU."""
+    if device.type == 'cuda':
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
 
 
 def size(n):

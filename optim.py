@@ -76,8 +76,11 @@ class AdamW(torch.optim.Optimizer):
             if not fine:
                 raise ValueError(f'{type(self).__name__}: {name}={value} is out of range')
         super().__init__(params, dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay))
-        self.update = torch.compile(adamw_update, fullgraph=True, dynamic=False) if compiled else adamw_update
+        self.set_compiled(compiled)
         self.shared = {}  # state of the optimizer as a whole: 0-dim tensors and buffers on the device, ints on the host
+
+    def set_compiled(self, compiled):
+        self.update = torch.compile(adamw_update, fullgraph=True, dynamic=False) if compiled else adamw_update
 
     def state_of(self, p):
         """The state of parameter p, created at first use."""
@@ -458,7 +461,7 @@ class AdamWPrune(AdamWSPAM):
             state['trackers'][name] = {key: torch.where(finite, value, old[key]) for key, value in new.items()}
 
 
-def build_optimizer(flats, *, lr, betas, eps, weight_decay, compiled, optimizer='adamw', prunable=(), **options):
+def build_optimizer(flats, *, lr, betas, eps, weight_decay, compiled=False, optimizer='adamw', prunable=(), **options):
     """Optimizer over the tensors of flatten(); weight decay is for the matrices (GPT-2/3 practice, as in nanoGPT).
 
     optimizer: adamw, adamwspam or adamwprune; options: further arguments of that class. prunable: names of the matrices

@@ -107,7 +107,7 @@ def check_optimizer(s, model):
     """Problems that the optimizer itself finds in its settings, with the shapes of this model."""
     try:
         build_optimizer(flatten(model, torch.float32), lr=s.learning_rate, betas=(s.beta1, s.beta2), eps=s.eps,
-                        weight_decay=s.weight_decay, compiled=False, **optimizer_options(s, model))
+                        weight_decay=s.weight_decay, **optimizer_options(s, model))
     except ValueError as error:
         return [str(error)]
     return []

@@ -13,7 +13,8 @@ from settings import Refused, help_text, parse
 
 COLUMNS = (  # heading, key of summary.json, how to write it
     ('steps', 'steps', '{:,}'), ('tokens', 'tokens', '{:,}'), ('val loss', 'val_loss', '{:.4f}'), ('perplexity', 'val_ppl', '{:.2f}'),
-    ('best loss', 'best_val_loss', '{:.4f}'), ('sparsity', 'sparsity', '{:.1%}'), ('of all', 'sparsity_all', '{:.1%}'), ('tok/s', 'tokens_per_second', '{:,.0f}'), ('MFU', 'mfu', '{:.1%}'),
+    ('best loss', 'best_val_loss', '{:.4f}'), ('sparsity', 'sparsity', '{:.1%}'), ('of all', 'sparsity_all', '{:.1%}'),
+    ('tok/s', 'tokens_per_second', '{:,.0f}'), ('MFU', 'mfu', '{:.1%}'),
     ('peak GiB', 'peak_memory_bytes', '{:.2f}'), ('graphs', 'compiled_graphs', '{}'), ('breaks', 'graph_breaks', '{}'),
     ('rung', 'rung', '{}'), ('ended', 'exit_reason', '{}'))
 

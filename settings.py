@@ -16,6 +16,10 @@ from dataclasses import dataclass
 from typing import Literal, get_args, get_origin
 
 
+PruneScore = Literal['none', 'magnitude', 'movement', 'bitter0', 'bitter1', 'bitter2', 'bitter3', 'bitter4', 'bitter5', 'bitter6',
+                     'bitter7', 'bitter8', 'bitter9', 'bitter10', 'bitter10z']
+
+
 @dataclass
 class Settings:
     # --- run -----------------------------------------------------------------------------------------
@@ -66,7 +70,7 @@ class Settings:
     spam_lr_sticks: bool = False  # defect of the reference: each warm-up scaled what the last had left of the learning rate
     spam_decay_lost: bool = False  # defect of the reference: weight decay was not passed on
     # --- pruning (defaults: from 30% to 95% of 50,000 updates) ---------------------------------------------
-    prune_score: Literal['none', 'magnitude', 'movement', 'bitter0', 'bitter1', 'bitter2', 'bitter3', 'bitter4', 'bitter5', 'bitter6', 'bitter7', 'bitter8', 'bitter9', 'bitter10', 'bitter10z'] = 'none'  # what a weight is worth, see prune.py
+    prune_score: PruneScore = 'none'  # what a weight is worth, see prune.py; none: no pruning
     target_sparsity: float = 0.5  # share of the scope's weights that is pruned in the end
     prune_scope: Literal['blocks', 'blocks+embedding'] = 'blocks'  # linear weights of the blocks; with the tied embedding
     prune_schedule: Literal['linear', 'zhu_gupta', 'cubic_late'] = 'zhu_gupta'  # arXiv 1710.01878: fast first, slow at the end
@@ -263,7 +267,8 @@ def check_optimizer(s):
         unused('target_sparsity prune_scope prune_schedule prune_start prune_end prune_interval prune_regrow prune_srste '
                'prune_pattern allow_extra_memory', 'a prune_score')
         if s.optimizer == 'adamwprune':
-            problems.append("optimizer='adamwprune' prune_score='none': it prunes by a score of its own state; set e.g. --prune_score=bitter7")
+            problems.append("optimizer='adamwprune' prune_score='none': it prunes by a score of its own state; set e.g. "
+                            '--prune_score=bitter7')
     elif s.optimizer != 'adamwprune' and s.prune_score not in ('magnitude', 'movement'):
         problems.append(f'optimizer={s.optimizer!r} prune_score={s.prune_score!r}: scores other than magnitude and movement are of '
                         'the optimizer\'s own state; set --optimizer=adamwprune')

@@ -11,7 +11,6 @@ import contextlib
 import gc
 import math
 import os
-import resource
 import signal
 import sys
 import time
@@ -24,14 +23,14 @@ import torch.distributed as dist
 from torch._dynamo.utils import counters
 
 from files import write_json
-from memory import ladder
+from memory import ladder, peak_memory
 from model import GPT
 from optim import build_optimizer, flatten, gradient_norm, learning_rate_at, load_named_state, masked_weights, named_state
-from shards import window_order
 from preflight import checkpoint_to_resume, effective_batch, is_finished, model_config, optimizer_options, preflight, table
 from prune import pack_weights, sparsity_report
 from rundir import RunLog, provenance, save_checkpoint
 from settings import Refused, Settings, check, help_text, parse
+from shards import window_order
 
 
 @dataclass
@@ -228,7 +227,7 @@ def log_step(run, loss, norm):
     rate = effective_batch(s) * s.block_size / seconds
     mfu = rate * run.model.flops_per_token() / (m.peak_flops * m.world) if m.peak_flops else None
     run.speed, run.mark, run.mark_step = dict(tokens_per_second=rate, mfu=mfu), now, p.step
-    lr, memory = run.optimizer.param_groups[0]['lr'], peak_memory(run)
+    lr, memory = run.optimizer.param_groups[0]['lr'], peak_memory(m.device)
     run.log.measure(dict(step=p.step, tokens=p.step * effective_batch(s) * s.block_size, loss=loss, grad_norm=norm, lr=lr,
                          **run.speed, peak_memory_bytes=memory, sparsity=sparsity(run)[0], spikes=spikes(run), seconds=elapsed(run)))
     run.log.say(f'step {p.step:>6}  loss {loss:7.4f}  norm {norm:5.2f}  lr {lr:.1e}  {rate / 1e3:6.1f}k tok/s  '
@@ -249,13 +248,6 @@ def spikes(run):
 
 def elapsed(run):
     return run.progress.seconds + time.monotonic() - run.began
-
-
-def peak_memory(run):
-    """Bytes: of the device's allocator on a GPU, of the process on a CPU."""
-    if run.machine.device.type == 'cuda':
-        return torch.cuda.max_memory_allocated(run.machine.device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
 
 
 NOTHING_COMPILED = 'compile=True, but nothing was compiled; unset TORCHDYNAMO_DISABLE and TORCH_COMPILE_DISABLE, or use --compile=False'
@@ -346,6 +338,7 @@ def set_up_model(run):
         torch.cuda.empty_cache()
     run.model.config.loss_chunk_tokens = run.active.loss_chunk_tokens
     run.model.uncompile_parts()
+    run.optimizer.set_compiled(run.active.compile)
     if run.active.compile:
         torch._functorch.config.activation_memory_budget = run.active.activation_budget
         run.model.compile_parts()
@@ -414,7 +407,8 @@ def write_summary(run, reason):
         write_json(os.path.join(s.out_dir, 'summary.json'), dict(
             steps=p.step, tokens=p.step * effective_batch(s) * s.block_size, val_loss=p.val_loss, val_ppl=perplexity(p.val_loss),
             best_val_loss=p.best_val_loss, sparsity=in_scope, sparsity_all=in_all, sparsity_by_layer=layers,
-            tokens_per_second=run.speed.get('tokens_per_second'), mfu=run.speed.get('mfu'), peak_memory_bytes=peak_memory(run), compiled_graphs=run.graphs[0], graph_breaks=run.graphs[1],
+            tokens_per_second=run.speed.get('tokens_per_second'), mfu=run.speed.get('mfu'), peak_memory_bytes=peak_memory(run.machine.device),
+            compiled_graphs=run.graphs[0], graph_breaks=run.graphs[1],
             rung=p.rung, rung_label=ladder(s)[p.rung][0], effective_batch=effective_batch(s), parameters=run.model.parameter_count(),
             dataset=run.data.name, fingerprint=run.data.fingerprint, seconds=elapsed(run), exit_reason=reason,
             **getattr(run.optimizer, 'counters', dict)()))
@@ -436,7 +430,7 @@ def build(s, machine, data, saved):
         progress.rung = 0  # it counts on the old ladder
     active = replace(s, **ladder(s)[progress.rung][1])
     optimizer = build_optimizer(flats, lr=s.learning_rate, betas=(s.beta1, s.beta2), eps=s.eps, weight_decay=s.weight_decay,
-                                compiled=active.compile, **optimizer_options(s, model))
+                                **optimizer_options(s, model))
     load_named_state(flats, optimizer, saved or {'weights': weights}, step=progress.step)
     log = RunLog(s.out_dir, s.tracker, asdict(s), keep_until=progress.step if saved else None, write=machine.rank == 0)
     bad_step = torch.full((), -1, dtype=torch.int64, device=machine.device)
@@ -485,6 +479,10 @@ def finish(run):
     except Stop as stop:
         reason, code = stop.reason, stop.code
         run.log.say(str(stop))
+    except Refused as refused:
+        reason = 'refused'
+        run.log.say('stopped: ' + '; '.join(refused.problems))
+        raise
     finally:
         write_summary(run, reason)
         run.log.close()

@@ -9,7 +9,8 @@ import optim
 from model import GPT, GPTConfig, attention_backend
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')]
-ON_GPU = dict(device='cuda', compile=True, dtype='bfloat16', loss_chunk_tokens=512, n_embd=128, block_size=128, batch_size=8, eval_tokens=2560)
+ON_GPU = dict(device='cuda', compile=True, dtype='bfloat16', loss_chunk_tokens=512, n_embd=128, block_size=128, batch_size=8,
+              eval_tokens=2560)
 
 
 def summary(folder):

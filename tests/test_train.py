@@ -12,6 +12,7 @@ import torch
 from conftest import last, losses, refusal, train
 from torch.nn import functional as F
 
+import optim
 import rundir
 from model import GPT
 from preflight import preflight
@@ -348,3 +349,14 @@ def test_tracker_gets_what_is_measured_until_it_fails_and_the_run_goes_on(tiny, 
     assert got[0] == ('run', 2) and got[1]['val_loss'] == by_step[0] and got[2]['loss'] == losses(tmp_path / 'run')[1]
     assert text_log(tmp_path / 'run').count('WARNING: the tracker failed (ConnectionError: no network); metrics.jsonl has it all') == 1
     assert summary(tmp_path / 'run')['exit_reason'] == 'finished' and 8 in losses(tmp_path / 'run')
+
+
+def test_the_rung_without_compile_compiles_nothing(tiny):
+    run = built(tiny(compile=True))
+    assert run.optimizer.update is not optim.adamw_update
+    train.step_down(run, 'no room.')
+    train.step_down(run, 'no room.')
+    assert run.progress.rung == 2 and not run.active.compile
+    assert run.optimizer.update is optim.adamw_update and 'hidden' not in vars(run.model)
+    train.step_down(run, 'no room.')
+    assert run.active.compile and run.optimizer.update is not optim.adamw_update and 'hidden' in vars(run.model)
