@@ -347,6 +347,13 @@ class AdamWPrune(AdamWSPAM):
                 if 'layout' in group or p.dim() >= 2 for name, piece in pieces(group, p).items()
                 if 'layout' not in group or name in group.get('prunable', ())]
 
+    def scoped_parameters(self):
+        """[(group, parameter, names of its pieces that are pruned)], in order."""
+        scope, found = self.scope(), {}
+        for group, p, name, _ in scope:
+            found.setdefault(id(p), (group, p, []))[2].append(name)
+        return list(found.values())
+
     def scope_size(self):
         return sum(math.prod(shape) for *_, shape in self.scope())
 
@@ -400,25 +407,35 @@ class AdamWPrune(AdamWSPAM):
             return
         self.shared.update(pruned=total, **({'counts': counts} if counts else {}))
         views, scores = [], []
-        for group, p, name, shape in self.scope():
+        for group, p, names in self.scoped_parameters():
             state = self.state_of(p)
-            tensors = {key: pieces(group, state[key])[name] for key in ('exp_avg', 'exp_avg_sq', 'mask', 'initial') if key in state}
-            weight = pieces(group, state.get('master', p.detach()))[name]
-            views.append(tensors['mask'])
-            scores.append(prune.score(
-                self.score, weight, tensors['exp_avg'], tensors['exp_avg_sq'], step=max(1, state['step'] - state.get('restart', 0)),
-                betas=group['betas'], initial=tensors.get('initial'), tracker=state.get('trackers', {}).get(name)))
-            if not self.regrow:
-                scores[-1].masked_fill_(~views[-1], -math.inf)  # what is pruned goes first, so that masks only shrink
+            views += [pieces(group, state['mask'])[name] for name in names]
+            scores += self.scores_of(group, p, state, names)
         if self.pattern == '2:4':
             masks = prune.select_2_4(scores)
         elif counts:
             masks = prune.select_each(scores, [count / s.numel() for count, s in zip(counts, scores)])
         else:
             masks = prune.select(scores, sparsity, prune.FLOOR)
-        for view, mask in zip(views, masks):
-            view.copy_(mask)
+        torch._foreach_copy_(views, masks)
         self.apply_masks()
+
+    def scores_of(self, group, p, state, names):
+        """Scores of the named pieces of p; in one go over all of p where the score is element-wise, for launches are dear."""
+        def score(name=None, **tracker):
+            tensors = {key: state[key] for key in ('exp_avg', 'exp_avg_sq', 'mask', 'initial') if key in state}
+            tensors['weight'] = state.get('master', p.detach())
+            if name is not None:
+                tensors = {key: pieces(group, tensor)[name] for key, tensor in tensors.items()}
+            found = prune.score(self.score, tensors['weight'], tensors['exp_avg'], tensors['exp_avg_sq'], betas=group['betas'],
+                                step=max(1, state['step'] - state.get('restart', 0)), initial=tensors.get('initial'), **tracker)
+            # what is pruned for good goes first, so that masks only shrink
+            return found if self.regrow else found.masked_fill_(~tensors['mask'], -math.inf)
+
+        if self.score == 'bitter10':  # its factors are those of a matrix
+            return [score(name, tracker=state['trackers'][name]) for name in names]
+        found = pieces(group, score())
+        return [found[name] for name in names]
 
     def apply_masks(self):
         for p, state in self.state.items():
