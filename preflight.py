@@ -19,7 +19,7 @@ from shards import open_data
 # Dense bfloat16 FLOP/s by a part of the device's name, from the vendors' data sheets; the first match counts.
 PEAK_FLOPS = {
     'B200': 2250e12, 'H200': 989e12, 'H100 PCIe': 756e12, 'H100': 989e12, 'GH200': 989e12, 'A100': 312e12, 'L40S': 362e12,
-    'L4': 121e12, 'A10G': 70e12, 'RTX 5090': 210e12, 'RTX 4090': 165e12, 'RTX 3090': 71e12, 'MI355X': 2500e12,
+    'L40': 181e12, 'L4': 121e12, 'A10G': 70e12, 'RTX 5090': 210e12, 'RTX 4090': 165e12, 'RTX 3090': 71e12, 'MI355X': 2500e12,
     'MI325X': 1307e12, 'MI300X': 1307e12, 'MI250': 181e12, 'W7900': 123e12, '7900 XTX': 123e12}
 
 # A resumed run may change these; everything else is what makes it the same run.

@@ -35,7 +35,7 @@ def test_micro_batches_add_up_to_the_same_update(tiny, tmp_path, batch_size, mic
     assert_close(weights(tmp_path / 'one'), weights(tmp_path / 'split'), 1e-5)
 
 
-# Run by torchrun: a run as any other, whose weights each process then writes; and a second one that is told to stop.
+# Run by torchrun: a run as any other, whose weights each process then writes; and a pruned one that is told to stop.
 DRIVER = '''
 import json, os, signal, sys, time
 sys.path.insert(0, sys.argv[1])
@@ -65,7 +65,8 @@ def save_slowly(path, content):
 train.finish = keep_weights
 assert train.main(argv + [f'--out_dir={folder}/two_{rank}']) == 0
 train.local_gradients, train.save_checkpoint = signal_self, save_slowly
-sys.exit(train.main(argv + [f'--out_dir={folder}/stopped_{rank}', '--log_interval=8', '--eval_interval=100', '--save_interval=5']))
+sys.exit(train.main(argv + [f'--out_dir={folder}/stopped_{rank}', '--log_interval=8', '--eval_interval=100', '--save_interval=5',
+                            '--optimizer=adamwprune', '--prune_score=bitter7', '--prune_start=2', '--prune_end=18', '--prune_interval=2']))
 '''
 
 
@@ -99,4 +100,6 @@ def test_two_processes_train_as_one_and_stop_as_one(tiny, tmp_path):
     assert (tmp_path / 'saved').read_text() == '0 last.pt 5\n0 last.pt 8\n'
     for name, tensor in weights(tmp_path / 'stopped_0').items():
         assert torch.equal(tensor, stopped[0]['weights'][name]) and torch.equal(tensor, stopped[1]['weights'][name])
+    masks = last(tmp_path / 'stopped_0')['mask']  # chosen by each rank for itself, and the weights above are the same
+    assert 0.3 < sum(int((~m).sum()) for m in masks.values()) / sum(m.numel() for m in masks.values()) < 0.5
     assert json.loads((tmp_path / 'stopped_0' / 'summary.json').read_text())['exit_reason'] == 'sigterm'
