@@ -13,6 +13,7 @@ from conftest import last, losses, refusal, train
 from torch.nn import functional as F
 
 import optim
+import preflight as preflight_module
 import rundir
 from model import GPT
 from preflight import preflight
@@ -360,3 +361,17 @@ def test_the_rung_without_compile_compiles_nothing(tiny):
     assert run.optimizer.update is optim.adamw_update and 'hidden' not in vars(run.model)
     train.step_down(run, 'no room.')
     assert run.active.compile and run.optimizer.update is not optim.adamw_update and 'hidden' in vars(run.model)
+
+
+def test_unfused_attention_on_a_gpu_is_refused_unless_allowed(tiny, monkeypatch):
+    run = built(tiny())
+    monkeypatch.setattr(preflight_module, 'attention_backend', lambda *shape: 'math')
+    monkeypatch.setattr(preflight_module, 'notes', lambda *told: ())  # asks a real GPU for its memory
+    gpu = run.machine._replace(device=torch.device('cuda:0'), name='NVIDIA A100')
+    problems = refusal(preflight_module.table, run.settings, gpu, run.data, run.model, 0)
+    assert problems == ['attention would run unfused (math) on NVIDIA A100: O(block_size^2) memory and slow; use --dtype=bfloat16 and a '
+                        'head width that fused kernels support, or permit it with --allow_math_attention=True']
+    run.settings.allow_math_attention = True
+    assert 'math (unfused, as allowed)' in preflight_module.table(run.settings, gpu, run.data, run.model, 0)
+    run.settings.allow_math_attention = False
+    assert 'math' in preflight_module.table(run.settings, run.machine, run.data, run.model, 0)  # on a CPU nothing else may exist
