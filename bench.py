@@ -7,7 +7,6 @@ weights under autocast, all logits at once, torch.optim.AdamW. Prints speed, pea
 difference, and writes out_dir/bench.json.
 """
 import contextlib
-import json
 import os
 import statistics
 import subprocess
@@ -17,12 +16,12 @@ import time
 import torch
 from torch.nn import functional as F
 
-from files import write_json
+from files import read_json, write_json
 from model import GPT
 from optim import learning_rate_at
 from preflight import effective_batch, model_config, preflight
 from rundir import read_metrics
-from settings import Refused, Settings, check, parse
+from settings import Settings, check, parse, run_command
 from shards import window_order
 from train import inputs_and_targets
 
@@ -77,8 +76,7 @@ def main(argv):
     if trained.returncode:
         return trained.returncode
     ours = [r for r in read_metrics(os.path.join(s.out_dir, 'metrics.jsonl')) if 'loss' in r]
-    with open(os.path.join(s.out_dir, 'summary.json')) as f:
-        summary = json.load(f)
+    summary = read_json(os.path.join(s.out_dir, 'summary.json'))
     losses, seconds, peak = train_plain(s, machine, data, print)
     tokens = effective_batch(s) * s.block_size
     late = [(r['loss'], losses[r['step'] - 1]) for r in ours if r['step'] > s.max_iters - 50]
@@ -100,7 +98,4 @@ def main(argv):
 
 
 if __name__ == '__main__':
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except Refused as refused:
-        sys.exit(refused.report())
+    run_command(main)

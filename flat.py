@@ -110,10 +110,3 @@ def load_named_state(flats, optimizer, saved, step=0):
         if 'initial' in state and 'initial' not in saved:
             state['initial'].copy_(master)
         flat.parameter.copy_(torch.where(state['mask'], master, 0) if 'mask' in state else master)
-
-
-def masked_weights(flats, optimizer):
-    """{name: float32 weights as the model uses them}: the masters, 0 where pruned."""
-    named = named_state(flats, optimizer)
-    masks = named.get('mask', {})
-    return {name: torch.where(masks[name], w, 0) if name in masks else w for name, w in named['weights'].items()}

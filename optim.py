@@ -10,10 +10,7 @@ import torch
 
 import prune
 import spam
-from flat import Flat, flatten, gradient_norm, load_named_state, masked_weights, named_state, views_of
-
-__all__ = ['AdamW', 'AdamWPrune', 'AdamWSPAM', 'Flat', 'adamw_update', 'build_optimizer', 'flatten', 'gradient_norm',
-           'learning_rate_at', 'load_named_state', 'masked_weights', 'named_state']
+from flat import views_of
 
 
 def learning_rate_at(step, peak, minimum, warmup, decay):

@@ -9,9 +9,10 @@ import torch
 
 import prune
 from files import read_json
+from flat import flatten
 from memory import predicted_memory, size
 from model import GPT, GPTConfig, attention_backend
-from optim import build_optimizer, flatten
+from optim import build_optimizer
 from rundir import load_checkpoint
 from settings import Refused
 from shards import open_data
@@ -76,7 +77,7 @@ def preflight(s, problems):
     if data and not problems:
         with torch.device('meta'):
             model = GPT(model_config(s, data.vocab_size))
-            problems += check_optimizer(s, model)
+            problems += check_with_model(s, model)
         needed = model.parameter_count() * 4 * (3 + 1) * 2  # last.pt and best.pt in float32, each beside the one it replaces
     problems += check_out_dir(s, needed)
     if problems:
@@ -103,7 +104,7 @@ def optimizer_options(s, model):
     return options
 
 
-def check_optimizer(s, model):
+def check_with_model(s, model):
     """Problems that the optimizer itself finds in its settings, with the shapes of this model."""
     try:
         build_optimizer(flatten(model, torch.float32), lr=s.learning_rate, betas=(s.beta1, s.beta2), eps=s.eps,

@@ -449,6 +449,11 @@ def unpack(packed):
     return out
 
 
+def masked(weights, masks):
+    """{name: weights as the model uses them}, 0 where the masks (name -> bool, of some of the names) prune."""
+    return {name: torch.where(masks[name], w, 0) if name in masks else w for name, w in weights.items()}
+
+
 def pack_weights(weights, masks, dtype):
     """{name: tensor} with the masked ones packed, matrices in `dtype` (what the model reads); unpack_weights undoes it."""
     cast = {name: w.to(dtype) if w.dim() >= 2 else w for name, w in weights.items()}

@@ -4,12 +4,11 @@
     python report.py out/a out/b --plot=out/compared.png
 """
 import os
-import sys
 from dataclasses import dataclass
 
 from files import read_json
 from rundir import read_metrics
-from settings import Refused, help_text, parse
+from settings import Refused, help_text, parse, run_command
 
 COLUMNS = (  # heading, key of summary.json, how to write it
     ('steps', 'steps', '{:,}'), ('tokens', 'tokens', '{:,}'), ('val loss', 'val_loss', '{:.4f}'), ('perplexity', 'val_ppl', '{:.2f}'),
@@ -149,7 +148,4 @@ def main(argv):
 
 
 if __name__ == '__main__':
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except Refused as refused:
-        sys.exit(refused.report())
+    run_command(main)

@@ -3,7 +3,6 @@
     python sample.py out/quickstart --prompt="The Python interpreter" --max_new_tokens=200
 """
 import os
-import sys
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,9 +10,9 @@ import torch
 
 from model import GPT
 from preflight import find_machine, model_config
-from prune import unpack_weights
+from prune import masked, unpack_weights
 from rundir import load_checkpoint
-from settings import Refused, Settings, help_text, parse
+from settings import Refused, Settings, help_text, parse, run_command
 from shards import get_tokenizer
 
 
@@ -45,8 +44,7 @@ def load_model(run_dir, checkpoint, machine):
     """(model for use on `machine`, name of its tokenizer) from a run directory; Refused if there is none."""
     saved = load_checkpoint(os.path.join(run_dir, f'{checkpoint}.pt'))
     model = GPT(model_config(Settings(**saved['settings']), saved['data']['vocab_size']))
-    masks, weights = saved.get('mask', {}), unpack_weights(saved['weights'])
-    model.load_state_dict({name: torch.where(masks[name], w, 0) if name in masks else w for name, w in weights.items()})
+    model.load_state_dict(masked(unpack_weights(saved['weights']), saved.get('mask', {})))
     for p in model.parameters():
         p.data = p.data.to(machine.device, machine.dtype if p.dim() >= 2 else torch.float32)
     return model.eval(), saved['data']['tokenizer']
@@ -104,7 +102,4 @@ def main(argv):
 
 
 if __name__ == '__main__':
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except Refused as refused:
-        sys.exit(refused.report())
+    run_command(main)

@@ -90,6 +90,15 @@ class Settings:
     diverge_steps: int = 200  # ... for this many updates stops the run with exit code 3
 
 
+def run_command(main):
+    """Exit with the code that main(arguments) returns, or with 2 after printing what was refused."""
+    try:
+        code = main(sys.argv[1:])
+    except Refused as refused:
+        code = refused.report()
+    sys.exit(code)
+
+
 class Refused(Exception):
     """What was asked for cannot be done. `problems` lists every reason, one line each."""
 

@@ -23,11 +23,12 @@ import torch.distributed as dist
 from torch._dynamo.utils import counters
 
 from files import write_json
+from flat import flatten, gradient_norm, load_named_state, named_state
 from memory import ladder, peak_memory
 from model import GPT
-from optim import build_optimizer, flatten, gradient_norm, learning_rate_at, load_named_state, masked_weights, named_state
+from optim import build_optimizer, learning_rate_at
 from preflight import checkpoint_to_resume, effective_batch, is_finished, model_config, optimizer_options, preflight, table
-from prune import pack_weights, sparsity_report
+from prune import masked, pack_weights, sparsity_report
 from rundir import RunLog, provenance, save_checkpoint
 from settings import Refused, Settings, check, help_text, parse
 from shards import window_order
@@ -187,8 +188,8 @@ def evaluate_and_keep_best(run):
 
 def weights_as_used(run):
     """For best.pt: float32 masters, or of a pruned run what the model reads, the pruned matrices as bits and kept values."""
-    weights, masks = masked_weights(run.flats, run.optimizer), named_state(run.flats, run.optimizer).get('mask', {})
-    return pack_weights(weights, masks, run.machine.dtype) if masks else weights
+    named = named_state(run.flats, run.optimizer)
+    return pack_weights(masked(named['weights'], named['mask']), named['mask'], run.machine.dtype) if 'mask' in named else named['weights']
 
 
 def sparsity(run):
@@ -422,7 +423,7 @@ def build(s, machine, data, saved):
     torch.use_deterministic_algorithms(s.deterministic)
     torch.manual_seed(s.seed)
     model = GPT(model_config(s, data.vocab_size))  # on the CPU: the same weights for every device
-    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    saved_or_new = saved or {'weights': {name: p.detach().clone() for name, p in model.named_parameters()}}
     model.to(machine.device)
     flats = flatten(model, machine.dtype)
     progress = Progress(**saved['progress']) if saved else Progress()
@@ -431,7 +432,7 @@ def build(s, machine, data, saved):
     active = replace(s, **ladder(s)[progress.rung][1])
     optimizer = build_optimizer(flats, lr=s.learning_rate, betas=(s.beta1, s.beta2), eps=s.eps, weight_decay=s.weight_decay,
                                 **optimizer_options(s, model))
-    load_named_state(flats, optimizer, saved or {'weights': weights}, step=progress.step)
+    load_named_state(flats, optimizer, saved_or_new, step=progress.step)
     log = RunLog(s.out_dir, s.tracker, asdict(s), keep_until=progress.step if saved else None, write=machine.rank == 0)
     bad_step = torch.full((), -1, dtype=torch.int64, device=machine.device)
     run = Run(s, active, machine, data, log, model, flats, optimizer, progress, bad_step=bad_step, mark_step=progress.step,

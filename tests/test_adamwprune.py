@@ -7,7 +7,8 @@ from conftest import train  # noqa: F401  (puts the repository on the path)
 
 import prune
 from model import GPT, GPTConfig
-from optim import AdamWPrune, build_optimizer, flatten, load_named_state, masked_weights, named_state
+from flat import flatten, load_named_state, named_state
+from optim import AdamWPrune, build_optimizer
 from rundir import checksum, to_cpu
 
 CONFIG = GPTConfig(vocab_size=60, block_size=8, n_layer=2, n_head=2, n_embd=16, bias=True)
@@ -246,10 +247,11 @@ def test_a_saved_run_continues_to_the_bit_with_its_masks(score, dtype, regrow, m
             assert all((weights[name][~mask] == 0).all() for name, mask in masks.items())
             assert prune.sparsity_report(weights, masks)['scope'] == optimizer.sparsity
     assert optimizer.sparsity == 0.5 and optimizer.frozen
-    same(named_state(*straight[1:]), named_state(*split[1:]))
+    named = named_state(flats, optimizer)
+    same(named_state(*straight[1:]), named)
     for (name, p), q in zip(straight[0].named_parameters(), split[0].parameters()):
         assert torch.equal(p, q)
-        assert torch.equal(masked_weights(flats, optimizer)[name].to(p.dtype), p)
+        assert torch.equal(prune.masked(named['weights'], named['mask'])[name].to(p.dtype), p)
 
 
 def test_flat_and_apart_choose_the_same_masks():

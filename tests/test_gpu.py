@@ -6,6 +6,7 @@ import torch
 from conftest import assert_same_run, losses, train
 
 import optim
+from flat import flatten
 from model import GPT, GPTConfig, attention_backend
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')]
@@ -77,7 +78,7 @@ def test_bfloat16_loss_and_gradients_stay_near_float64():
     exact = GPT(config).cuda().double()
     model = GPT(config).cuda()
     model.load_state_dict(exact.state_dict())
-    flats = optim.flatten(model, torch.bfloat16)
+    flats = flatten(model, torch.bfloat16)
     idx, targets = torch.randint(500, (2, 4, 64), device='cuda')
     exact(idx, targets).backward()
     model(idx, targets).backward()

@@ -6,8 +6,9 @@ import torch
 from conftest import train  # noqa: F401  (puts the repository on the path)
 
 import optim
+from flat import flatten, gradient_norm, load_named_state, named_state
 from model import GPT, GPTConfig
-from optim import AdamW, build_optimizer, flatten, gradient_norm, learning_rate_at, load_named_state, named_state
+from optim import AdamW, build_optimizer, learning_rate_at
 
 CONFIG = GPTConfig(vocab_size=100, block_size=16, n_layer=2, n_head=2, n_embd=24, bias=True)
 

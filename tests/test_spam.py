@@ -7,6 +7,7 @@ import torch
 from conftest import train  # noqa: F401  (puts the repository on the path)
 
 import optim
+from flat import flatten
 import spam
 from optim import AdamW, AdamWSPAM
 
@@ -307,7 +308,7 @@ def test_state_dict_continues_to_the_bit(mode, dtype):
 
 def test_stable_works_on_each_matrix_of_a_flat_parameter():
     apart, together = parameters(torch.float32), parameters(torch.float32)
-    flats = optim.flatten(torch.nn.ParameterList(together), torch.float32)
+    flats = flatten(torch.nn.ParameterList(together), torch.float32)
     one = AdamWSPAM(apart, lr=LR, spam_mode='stable', weight_decay=0)
     other = optim.build_optimizer(flats, lr=LR, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, compiled=False, optimizer='adamwspam',
                                   spam_mode='stable')
