@@ -281,6 +281,16 @@ def check_optimizer(s):
     elif s.optimizer != 'adamwprune' and s.prune_score not in ('magnitude', 'movement'):
         problems.append(f'optimizer={s.optimizer!r} prune_score={s.prune_score!r}: scores other than magnitude and movement are of '
                         'the optimizer\'s own state; set --optimizer=adamwprune')
+    if spam and s.spam_mode == 'stable':
+        unused('spam_theta', 'spam_mode=paper or reference')
+    if spam and s.spam_mode != 'paper':
+        unused('spam_grace', 'spam_mode=paper')
+    if pruning and s.prune_score != 'bitter10':
+        unused('allow_extra_memory', 'prune_score=bitter10')
+    if pruning and s.prune_pattern == '2:4':
+        unused('prune_schedule', 'prune_pattern=unstructured')
+        if not s.prune_regrow:
+            unused('prune_interval', 'prune_regrow=True or prune_pattern=unstructured')
     if pruning and not 0 <= s.prune_start < s.prune_end <= s.max_iters:
         problems.append(f'prune_start={s.prune_start} prune_end={s.prune_end} max_iters={s.max_iters}: the ramp must start before it '
                         f'ends and end within the run, e.g. --prune_start={s.max_iters * 3 // 10} --prune_end={s.max_iters * 19 // 20}')

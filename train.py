@@ -408,8 +408,8 @@ def write_summary(run, reason):
         write_json(os.path.join(s.out_dir, 'summary.json'), dict(
             steps=p.step, tokens=p.step * effective_batch(s) * s.block_size, val_loss=p.val_loss, val_ppl=perplexity(p.val_loss),
             best_val_loss=p.best_val_loss, sparsity=in_scope, sparsity_all=in_all, sparsity_by_layer=layers,
-            tokens_per_second=run.speed.get('tokens_per_second'), mfu=run.speed.get('mfu'), peak_memory_bytes=peak_memory(run.machine.device),
-            compiled_graphs=run.graphs[0], graph_breaks=run.graphs[1],
+            tokens_per_second=run.speed.get('tokens_per_second'), mfu=run.speed.get('mfu'),
+            peak_memory_bytes=peak_memory(run.machine.device), compiled_graphs=run.graphs[0], graph_breaks=run.graphs[1],
             rung=p.rung, rung_label=ladder(s)[p.rung][0], effective_batch=effective_batch(s), parameters=run.model.parameter_count(),
             dataset=run.data.name, fingerprint=run.data.fingerprint, seconds=elapsed(run), exit_reason=reason,
             **getattr(run.optimizer, 'counters', dict)()))

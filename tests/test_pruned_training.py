@@ -20,12 +20,15 @@ COMBINATIONS = {
     'bitter10': {**PRUNED, 'prune_score': 'bitter10', 'allow_extra_memory': True},
     'adamw and movement': {**PRUNED, 'optimizer': 'adamw', 'prune_score': 'movement'},
     'spam paper': {k: v for k, v in {**PRUNED, **SPAM, 'optimizer': 'adamwspam'}.items() if 'prune' not in k},
-    'spam reference and magnitude': {**PRUNED, **SPAM, 'optimizer': 'adamwspam', 'prune_score': 'magnitude', 'spam_mode': 'reference'},
+    'spam reference and magnitude': {**{k: v for k, v in {**PRUNED, **SPAM}.items() if k != 'spam_grace'}, 'optimizer': 'adamwspam',
+                                     'prune_score': 'magnitude', 'spam_mode': 'reference'},
     'spam stable below bitter3': {**PRUNED, 'spam_interval': 4, 'adamwprune_base': 'adamwspam', 'prune_score': 'bitter3',
                                   'spam_mode': 'stable', 'spam_warmup': 1},
     'regrowth': {**PRUNED, 'prune_regrow': True, 'prune_srste': 0.01},
     'regrowth in bfloat16': {**PRUNED, 'prune_regrow': True, 'dtype': 'bfloat16'},
-    '2:4 of everything': {**PRUNED, 'prune_pattern': '2:4', 'prune_scope': 'blocks+embedding'},
+    '2:4 of everything': {**{k: v for k, v in PRUNED.items() if k != 'prune_interval'}, 'prune_pattern': '2:4',
+                          'prune_scope': 'blocks+embedding'},
+    '2:4 with regrowth': {**PRUNED, 'prune_pattern': '2:4', 'prune_regrow': True},
 }
 
 
@@ -127,11 +130,18 @@ REFUSED = [
      'e.g. --prune_start=3 --prune_end=11'),
     (dict(target_sparsity=0.7), 'target_sparsity=0.7: acts only with a prune_score; leave it out'),
     (dict(spam_theta=7.0), 'spam_theta=7.0: acts only with optimizer=adamwspam or adamwprune_base=adamwspam; leave it out'),
+    (dict(optimizer='adamwspam', spam_mode='stable', spam_theta=7.0), 'spam_theta=7.0: acts only with spam_mode=paper or reference; '
+     'leave it out'),
+    (dict(optimizer='adamwspam', spam_mode='reference', spam_grace=7), 'spam_grace=7: acts only with spam_mode=paper; leave it out'),
+    ({**PRUNED, 'allow_extra_memory': True}, 'allow_extra_memory=True: acts only with prune_score=bitter10; leave it out'),
+    ({**PRUNED, 'prune_pattern': '2:4', 'prune_schedule': 'linear', 'prune_interval': 100},
+     "prune_schedule='linear': acts only with prune_pattern=unstructured; leave it out"),
+    ({**PRUNED, 'prune_pattern': '2:4'}, 'prune_interval=2: acts only with prune_regrow=True or prune_pattern=unstructured; leave it out'),
     ({**PRUNED, 'target_sparsity': 1.0}, 'AdamWPrune: target_sparsity=1.0 must be at least 0 and below 1'),
     ({**PRUNED, 'prune_score': 'bitter10'}, "AdamWPrune: score='bitter10' keeps three more numbers a weight; allow it by "
      "allow_extra_memory=True, or use 'bitter10z', which does without"),
-    ({**PRUNED, 'prune_pattern': '2:4', 'target_sparsity': 0.6}, "AdamWPrune: target_sparsity=0.6: pattern='2:4' prunes exactly half; "
-     'set 0.5'),
+    ({**PRUNED, 'prune_pattern': '2:4', 'prune_interval': 100, 'target_sparsity': 0.6},
+     "AdamWPrune: target_sparsity=0.6: pattern='2:4' prunes exactly half; set 0.5"),
     ({**PRUNED, 'prune_srste': 0.1}, 'AdamWPrune: srste=0.1 acts on weights that may regrow; set regrow=True'),
 ]
 
