@@ -119,14 +119,14 @@ class AdamW(torch.optim.Optimizer):
         """What subclasses do after the update of all parameters."""
 
     def options(self, group, p, grad, now):
-        """(gradient, step of the bias correction, options of adamw_update; among them `clip` if it has changed)."""
+        """(gradient, step of the bias correction, options of adamw_update; among them `clip` if it has changed, and `lr_factor`)."""
         return grad, self.state[p]['step'], {}
 
     def _update_one(self, group, p, grad, now):
         state = self.state_of(p)
         state['step'] += 1
         grad, step, options = self.options(group, p, grad, now)
-        (beta1, beta2), lr = group['betas'], group['lr'] * now.get('lr_factor', 1.0)
+        (beta1, beta2), lr = group['betas'], group['lr'] * now.get('lr_factor', 1.0) * options.pop('lr_factor', 1.0)
         exact = state['exp_avg'].dtype
 
         def scalar(value):
@@ -290,19 +290,22 @@ class AdamWPrune(AdamWSPAM):
     regrow=False: a pruned weight stays 0. regrow=True: its master lives on, moved by the gradient at the masked weight
     and by srste * weight (SR-STE, arXiv 2102.04010; 0: plain straight-through), and may be chosen again before `end`;
     for float32 parameters this takes masters apart. pattern '2:4': two of each four inputs go, all at `start`.
+    allocation 'layer': every matrix at the scope's sparsity, instead of one threshold. lr_power: the learning rate of pruned
+    parameters is divided by (1 - sparsity)^lr_power; 1 keeps the size of the outputs' changes (sparse muP, arXiv 2405.15743).
     Memory beyond `base`: `state[p]['mask']`, one bool a weight (True = keep); movement needs `initial` besides, one more
     number a weight, bitter10 three, hence only with allow_extra_memory=True. ValueError: what cannot be done.
     """
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, compiled=False, *, start, end, interval=100,
                  base='adamw', score='bitter7', target_sparsity=0.5, schedule='zhu_gupta', regrow=False, srste=0.0,
-                 pattern='unstructured', allow_extra_memory=False, **spam_settings):
+                 pattern='unstructured', allocation='global', lr_power=0.0, allow_extra_memory=False, **spam_settings):
         prune.known('AdamWPrune: base', base, ('adamw', 'adamwspam'))
         if base == 'adamw' and spam_settings:
             raise ValueError(f"AdamWPrune: {', '.join(spam_settings)} given, but base='adamw'; use base='adamwspam'")
         super().__init__(params, lr, betas, eps, weight_decay, compiled, **({'spam_mode': None} if base == 'adamw' else spam_settings))
         self.score, self.target, self.start, self.end, self.interval = score, target_sparsity, start, end, interval
         self.schedule, self.regrow, self.srste, self.pattern = schedule, regrow, srste, pattern
+        self.allocation, self.lr_power = allocation, lr_power
         self.shared.update(masked_at=-1, pruned=0)  # updates done at the last choice of masks; weights pruned by it
         self.check(allow_extra_memory)
 
@@ -315,9 +318,11 @@ class AdamWPrune(AdamWSPAM):
         prune.known('AdamWPrune: score', self.score, prune.SCORES)
         prune.known('AdamWPrune: schedule', self.schedule, prune.SCHEDULES)
         prune.known('AdamWPrune: pattern', self.pattern, ('unstructured', '2:4'))
+        prune.known('AdamWPrune: allocation', self.allocation, ('global', 'layer'))
         require(0 <= self.start < self.end and self.interval >= 1,
                 f'start={self.start} end={self.end} interval={self.interval}: need 0 <= start < end and interval >= 1')
         require(0 <= self.target < 1, f'target_sparsity={self.target} must be at least 0 and below 1')
+        require(self.lr_power >= 0, f'lr_power={self.lr_power} must not be negative')
         require(self.srste >= 0, f'srste={self.srste} must not be negative')
         require(self.regrow or not self.srste, f'srste={self.srste} acts on weights that may regrow; set regrow=True')
         require(self.score != 'bitter10' or allow_extra_memory, "score='bitter10' keeps three more numbers a weight; allow it by "
@@ -382,7 +387,8 @@ class AdamWPrune(AdamWSPAM):
         grad, step, options = super().options(group, p, grad, now)
         if 'mask' in self.state[p]:
             dense = self.regrow and not self.frozen
-            options.update(mask=self.state[p]['mask'], dense=dense, srste=self.srste if dense else 0.0)
+            options.update(mask=self.state[p]['mask'], dense=dense, srste=self.srste if dense else 0.0,
+                           lr_factor=(1 - self.sparsity) ** -self.lr_power)
         return grad, step, options
 
     def after_update(self, now):
@@ -445,16 +451,17 @@ class AdamWPrune(AdamWSPAM):
                 p.masked_fill_(gone, 0)
 
     def counts(self, sparsity):
-        """(weights to prune in all, how many of each matrix with bitter4, else None)."""
+        """(weights to prune in all, how many of each matrix where that is decided beforehand, else None)."""
         sizes = [math.prod(shape) for *_, shape in self.scope()]
         if self.pattern == '2:4':
             return sum(sizes) // 2, None
         total = round(sparsity * sum(sizes))
-        if self.score != 'bitter4':
+        if self.score != 'bitter4' and self.allocation == 'global':
             return total, None
         names = [name for _, _, name, _ in self.scope()]
         layers = prune.depths(names) if any(names) else range(len(names))
-        counts = [round(share * size) for share, size in zip(prune.layer_sparsities(sizes, layers, sparsity), sizes)]
+        shares = prune.layer_sparsities(sizes, layers, sparsity, *(() if self.score == 'bitter4' else (1.0, 1.0, 1.0)))
+        counts = [round(share * size) for share, size in zip(shares, sizes)]
         before = self.shared.get('counts', [0] * len(counts))
         if not self.regrow:  # rounding may hand a matrix one weight less than before, which would have to regrow
             counts = [max(pair) for pair in zip(counts, before)]

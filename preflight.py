@@ -100,7 +100,7 @@ def optimizer_options(s, model):
     if kind == 'adamwprune':
         options.update(base=base, score=s.prune_score, target_sparsity=s.target_sparsity, schedule=s.prune_schedule, start=s.prune_start,
                        end=s.prune_end, interval=s.prune_interval, regrow=s.prune_regrow, srste=s.prune_srste, pattern=s.prune_pattern,
-                       allow_extra_memory=s.allow_extra_memory, prunable=prune.prunable(model.named_parameters(), s.prune_scope))
+                       allocation=s.prune_allocation, lr_power=s.prune_lr_power, allow_extra_memory=s.allow_extra_memory, prunable=prune.prunable(model.named_parameters(), s.prune_scope))
     return options
 
 

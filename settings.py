@@ -73,6 +73,8 @@ class Settings:
     prune_score: PruneScore = 'none'  # what a weight is worth, see prune.py; none: no pruning
     target_sparsity: float = 0.5  # share of the scope's weights that is pruned in the end
     prune_scope: Literal['blocks', 'blocks+embedding'] = 'blocks'  # linear weights of the blocks; with the tied embedding
+    prune_allocation: Literal['global', 'layer'] = 'global'  # one threshold for the scope, or each matrix pruned alike
+    prune_lr_power: float = 0.0  # learning rate of pruned matrices over density^this; 1: sparse muP, arXiv 2405.15743; 0: off
     prune_schedule: Literal['linear', 'zhu_gupta', 'cubic_late'] = 'zhu_gupta'  # arXiv 1710.01878: fast first, slow at the end
     prune_start: int = 15_000  # update at which the ramp begins
     prune_end: int = 47_500  # update at which it ends and the masks are frozen
@@ -273,8 +275,8 @@ def check_optimizer(s):
         unused('spam_mode spam_interval spam_warmup spam_theta spam_grace spam_step_twice spam_lr_sticks spam_decay_lost',
                'optimizer=adamwspam or adamwprune_base=adamwspam')
     if not pruning:
-        unused('target_sparsity prune_scope prune_schedule prune_start prune_end prune_interval prune_regrow prune_srste '
-               'prune_pattern allow_extra_memory', 'a prune_score')
+        unused('target_sparsity prune_scope prune_allocation prune_lr_power prune_schedule prune_start prune_end prune_interval '
+               'prune_regrow prune_srste prune_pattern allow_extra_memory', 'a prune_score')
         if s.optimizer == 'adamwprune':
             problems.append("optimizer='adamwprune' prune_score='none': it prunes by a score of its own state; set e.g. "
                             '--prune_score=bitter7')
@@ -287,8 +289,10 @@ def check_optimizer(s):
         unused('spam_grace', 'spam_mode=paper')
     if pruning and s.prune_score != 'bitter10':
         unused('allow_extra_memory', 'prune_score=bitter10')
+    if s.prune_score == 'bitter4':
+        unused('prune_allocation', 'a prune_score other than bitter4, which has shares for the layers of its own')
     if pruning and s.prune_pattern == '2:4':
-        unused('prune_schedule', 'prune_pattern=unstructured')
+        unused('prune_schedule prune_allocation', 'prune_pattern=unstructured')
         if not s.prune_regrow:
             unused('prune_interval', 'prune_regrow=True or prune_pattern=unstructured')
     if pruning and not 0 <= s.prune_start < s.prune_end <= s.max_iters:

@@ -179,7 +179,7 @@ def evaluate_and_keep_best(run):
         record = dict(step=p.step, val_loss=p.val_loss, val_ppl=perplexity(p.val_loss), sparsity=sparsity(run)[0])
         run.log.say(f'step {p.step:>6}/{s.max_iters}  validation loss {p.val_loss:.4f}  perplexity {record["val_ppl"]:.2f}')
         run.log.measure(record)
-        if p.val_loss < p.best_val_loss:
+        if p.val_loss < p.best_val_loss and getattr(run.optimizer, 'frozen', True):  # a best of half-pruned weights is of no use
             p.best_val_loss = p.val_loss
             if run.log.write and p.step > 0:
                 content = {**identity(run), 'weights': weights_as_used(run), 'val_loss': p.val_loss, 'step': p.step}

@@ -26,6 +26,7 @@ COMBINATIONS = {
                                   'spam_mode': 'stable', 'spam_warmup': 1},
     'regrowth': {**PRUNED, 'prune_regrow': True, 'prune_srste': 0.01},
     'regrowth in bfloat16': {**PRUNED, 'prune_regrow': True, 'dtype': 'bfloat16'},
+    'layers alike at a raised rate': {**PRUNED, 'prune_allocation': 'layer', 'prune_lr_power': 1.0},
     '2:4 of everything': {**{k: v for k, v in PRUNED.items() if k != 'prune_interval'}, 'prune_pattern': '2:4',
                           'prune_scope': 'blocks+embedding'},
     '2:4 with regrowth': {**PRUNED, 'prune_pattern': '2:4', 'prune_regrow': True},
@@ -99,6 +100,15 @@ def test_best_of_a_pruned_run_is_small_and_exact(tiny, tmp_path, dtype):
     assert sample.main([str(tmp_path / 'run'), '--max_new_tokens=5', '--device=cpu']) == 0
 
 
+def test_best_is_one_of_the_final_sparsity_even_if_denser_ones_were_better(tiny, tmp_path, monkeypatch):
+    losses = iter([5.0, 1.0, 2.0, 3.0, 2.5, 4.0, 2.75])
+    monkeypatch.setattr(train, 'evaluate', lambda run: torch.tensor(next(losses)))
+    train.main(tiny(**PRUNED, eval_interval=2))  # evaluated at 0, 2 ... 12; the masks are final from 9 on
+    best = load_checkpoint(tmp_path / 'run' / 'best.pt')
+    assert (best['step'], best['val_loss'], summary(tmp_path / 'run')['best_val_loss']) == (12, 2.75, 2.75)
+    assert sum(1 for part in best['weights'].values() if isinstance(part, dict)) == len(last(tmp_path / 'run')['mask'])
+
+
 def test_sampling_from_last_uses_the_masks(tiny, tmp_path):
     train.main(tiny(**{**PRUNED, 'prune_regrow': True, 'prune_end': 12}))
     for which in ('last', 'best'):
@@ -137,6 +147,12 @@ REFUSED = [
     ({**PRUNED, 'prune_pattern': '2:4', 'prune_schedule': 'linear', 'prune_interval': 100},
      "prune_schedule='linear': acts only with prune_pattern=unstructured; leave it out"),
     ({**PRUNED, 'prune_pattern': '2:4'}, 'prune_interval=2: acts only with prune_regrow=True or prune_pattern=unstructured; leave it out'),
+    ({**PRUNED, 'prune_pattern': '2:4', 'prune_allocation': 'layer', 'prune_interval': 100},
+     "prune_allocation='layer': acts only with prune_pattern=unstructured; leave it out"),
+    ({**PRUNED, 'prune_score': 'bitter4', 'prune_allocation': 'layer'}, "prune_allocation='layer': acts only with a prune_score other than "
+     'bitter4, which has shares for the layers of its own; leave it out'),
+    (dict(prune_lr_power=1.0), 'prune_lr_power=1.0: acts only with a prune_score; leave it out'),
+    ({**PRUNED, 'prune_lr_power': -1.0}, 'AdamWPrune: lr_power=-1.0 must not be negative'),
     ({**PRUNED, 'target_sparsity': 1.0}, 'AdamWPrune: target_sparsity=1.0 must be at least 0 and below 1'),
     ({**PRUNED, 'prune_score': 'bitter10'}, "AdamWPrune: score='bitter10' keeps three more numbers a weight; allow it by "
      "allow_extra_memory=True, or use 'bitter10z', which does without"),
