@@ -5,6 +5,7 @@ import pytest
 import torch
 from conftest import assert_same_run, losses, train
 
+import bench
 import optim
 from flat import flatten
 from model import GPT, GPTConfig, attention_backend
@@ -90,3 +91,17 @@ def test_bfloat16_loss_and_gradients_stay_near_float64():
 
 def test_attention_is_fused():
     assert attention_backend(GPTConfig(), 4, 'cuda', torch.bfloat16) in ('flash', 'cudnn', 'memory-efficient')
+
+
+def test_bench_finds_where_a_step_goes(tiny, tmp_path):
+    settings = {**ON_GPU, 'n_layer': 4, 'n_embd': 512, 'n_head': 8, 'block_size': 256, 'batch_size': 16, 'loss_chunk_tokens': 2048}
+    assert bench.main([*tiny(**settings, max_iters=20), f'--json={tmp_path / "r.json"}', '--profile=True']) == 0
+    r = json.loads((tmp_path / 'r.json').read_text())
+    parts, memory = r['time']['parts'], r['memory']
+    assert sum(parts.values()) == pytest.approx(r['time']['step_ms']) and min(parts.values()) >= 0
+    for part in ('attention', 'matrix products', 'head and loss', 'normalisation and activation', 'embedding', 'gradient accumulation',
+                 'optimizer'):
+        assert parts[part] > 0, part
+    assert parts['other'] < 0.05 * r['time']['step_ms']
+    assert sum(memory['measured'].values()) == memory['peak'] and min(memory['measured'].values()) >= 0
+    assert r['startup']['recompilations'] == r['startup']['graph_breaks'] == 0
