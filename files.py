@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import shutil
 
 from settings import Refused
 
@@ -15,10 +16,15 @@ def publish(f, path):
     os.fsync(f.fileno())
     f.close()
     os.replace(f'{path}.tmp', path)
+    sync_rename(path)
+
+
+def sync_rename(path):
+    """Wait until the renaming of `path` is on the disk."""
     if os.name == 'posix':
         folder = os.open(os.path.dirname(path) or '.', os.O_RDONLY)
         try:
-            os.fsync(folder)  # the rename itself
+            os.fsync(folder)
         finally:
             os.close(folder)
 
@@ -37,6 +43,23 @@ def write_atomically(path, write):
         if os.path.exists(f'{path}.tmp'):
             os.remove(f'{path}.tmp')
         raise
+
+
+def write_folder(path, write):
+    """Call write(folder) on a temporary folder beside `path`, then give it that name; if anything fails, `path` stays as it was.
+
+    OSError if `path` is there and anything but an empty folder. What lies in the folder is for `write` to bring to the disk.
+    """
+    path = os.path.abspath(path)
+    temporary = f'{path}.{os.getpid()}.tmp'
+    os.makedirs(temporary)
+    try:
+        write(temporary)
+        os.rename(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary)
+        raise
+    sync_rename(path)
 
 
 def finite_or_none(value):

@@ -5,7 +5,7 @@ The matrices may be bfloat16 (working weights, see optim.py) while vectors stay 
 matrices' type, and whatever a vector touches is computed in float32.
 """
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn as nn
@@ -27,6 +27,11 @@ class GPTConfig:
     def padded_vocab_size(self):
         """A multiple of 128, so that the head's matrix products tile evenly (50257 -> 50304)."""
         return -(-self.vocab_size // 128) * 128
+
+
+def model_config(s, vocab_size):
+    """The model these Settings describe."""
+    return GPTConfig(vocab_size=vocab_size, **{f.name: getattr(s, f.name) for f in fields(GPTConfig) if hasattr(s, f.name)})
 
 
 def loss_chunk(x, weight, targets, scored, vocab_size, grad_weight):

@@ -2,20 +2,20 @@
 import os
 import re
 import shutil
-from dataclasses import fields
 from typing import NamedTuple
 
 import torch
 
 import prune
+from export import problems_of, read_gpt2
 from files import read_json
 from flat import flatten
 from memory import predicted_memory, size
-from model import GPT, GPTConfig, attention_backend
+from model import GPT, attention_backend, model_config
 from optim import build_optimizer
 from rundir import load_checkpoint
 from settings import Refused
-from shards import open_data
+from shards import VOCABULARY, open_data
 
 # Dense bfloat16 FLOP/s by a part of the device's name, from the vendors' data sheets; the first match counts.
 PEAK_FLOPS = {
@@ -74,6 +74,7 @@ def preflight(s, problems):
         problems += check_data(s, data)
     except Refused as refused:
         problems += refused.problems
+    problems += check_pretrained(s, data)
     if data and not problems:
         with torch.device('meta'):
             model = GPT(model_config(s, data.vocab_size))
@@ -83,11 +84,6 @@ def preflight(s, problems):
     if problems:
         raise Refused(problems)
     return machine, data
-
-
-def model_config(s, vocab_size):
-    """The model these settings describe."""
-    return GPTConfig(vocab_size=vocab_size, **{f.name: getattr(s, f.name) for f in fields(GPTConfig) if hasattr(s, f.name)})
 
 
 def optimizer_options(s, model):
@@ -127,11 +123,32 @@ def check_data(s, data):
     return problems
 
 
+def check_pretrained(s, data):
+    """Problems of the settings with the model that --init_from=hf:PATH starts from; data is None where there is none."""
+    if not s.init_from.startswith('hf:'):
+        return []
+    try:
+        _, theirs = read_gpt2(s.init_from[3:])
+    except Refused as refused:
+        return refused.problems
+    problems = problems_of(vars(s)) + [
+        f'{key}={getattr(s, key)!r}: the model of {s.init_from} has {key}={getattr(theirs, key)!r}; write --{key}={getattr(theirs, key)!r}'
+        for key in ('n_layer', 'n_head', 'n_embd', 'bias') if getattr(s, key) != getattr(theirs, key)]
+    if s.block_size > theirs.block_size:
+        problems.append(f'block_size={s.block_size}: the model of {s.init_from} has {theirs.block_size} positions; write '
+                        f'--block_size={theirs.block_size} or less')
+    if data and data.vocab_size != theirs.vocab_size:
+        name = next((name for name, size in VOCABULARY.items() if size == theirs.vocab_size), None)
+        problems.append(f'dataset={data.name!r} has the {data.vocab_size} tokens of {data.tokenizer!r}, the model of {s.init_from} '
+                        f'{theirs.vocab_size}; ' + (f'use text prepared with --tokenizer={name}' if name else 'use another model'))
+    return problems
+
+
 def check_out_dir(s, free_bytes_needed):
     """Problems of the run directory: another run in it, nothing to resume, no disk space."""
     problems, last = [], os.path.join(s.out_dir, 'last.pt')
     holds_run = any(os.path.exists(os.path.join(s.out_dir, f)) for f in ('last.pt', 'best.pt', 'summary.json'))
-    if s.init_from == 'scratch' and holds_run:
+    if starts_anew(s) and holds_run:
         problems.append(f"out_dir='{s.out_dir}' holds another run; continue it with --init_from=resume or choose another --out_dir")
     if s.init_from == 'resume' and not os.path.exists(last):
         problems.append(f"init_from='resume': there is no {last}; check out_dir or use --init_from=scratch")
@@ -152,7 +169,7 @@ def check_out_dir(s, free_bytes_needed):
 def checkpoint_to_resume(s, data):
     """The content of last.pt if the run is to be continued, else None. Refused if it is not the same run."""
     path = os.path.join(s.out_dir, 'last.pt')
-    if s.init_from == 'scratch' or (s.init_from == 'auto' and not os.path.exists(path)):
+    if starts_anew(s) or (s.init_from == 'auto' and not os.path.exists(path)):
         return None
     saved = load_checkpoint(path)
     if 'progress' not in saved:
@@ -178,8 +195,13 @@ def checkpoint_to_resume(s, data):
 
 def is_finished(s):
     """True if out_dir already holds this run with all its updates done."""
-    summary = read_json(os.path.join(s.out_dir, 'summary.json')) if s.init_from != 'scratch' else None
+    summary = read_json(os.path.join(s.out_dir, 'summary.json')) if not starts_anew(s) else None
     return bool(summary) and summary['exit_reason'] == 'finished' and summary['steps'] >= s.max_iters
+
+
+def starts_anew(s):
+    """True if no run is to be continued: weights from the seed, or those of --init_from=hf:PATH."""
+    return s.init_from not in ('resume', 'auto')
 
 
 def effective_batch(s):
@@ -212,7 +234,8 @@ def table(s, machine, data, model, start_step):
         ('attention', f'{backend}' + (' (unfused, as allowed)' if backend == 'math' and machine.device.type == 'cuda' else '')),
         ('compile', 'yes, proven after the first steps' if s.compile else 'no'),
         ('memory, predicted', f'{size(sum(memory.values()))}: ' + ', '.join(f'{part} {size(n)}' for part, n in memory.items() if n)),
-        ('parameters', f'{model.parameter_count():,}, of them {prunable:,} prunable ({s.prune_scope})'),
+        ('parameters', f'{model.parameter_count():,}, of them {prunable:,} prunable ({s.prune_scope})'
+                       + (f'; they start from {s.init_from}' if s.init_from.startswith('hf:') else '')),
         ('optimizer', s.optimizer + (f' on {s.adamwprune_base}' if s.optimizer == 'adamwprune' else '')),
         ('pruning', pruning_plan(s, prunable)),
         ('learning rate', f'{s.warmup_iters} warm-up, {s.learning_rate:g} -> {s.min_lr:g} at {s.lr_decay_iters or s.max_iters}'),

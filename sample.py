@@ -8,8 +8,8 @@ from typing import Literal
 
 import torch
 
-from model import GPT
-from preflight import find_machine, model_config
+from model import GPT, model_config
+from preflight import find_machine
 from prune import masked, unpack_weights
 from rundir import load_checkpoint
 from settings import Refused, Settings, help_text, parse, run_command

@@ -24,7 +24,7 @@ PruneScore = Literal['none', 'magnitude', 'movement', 'bitter0', 'bitter1', 'bit
 class Settings:
     # --- run -----------------------------------------------------------------------------------------
     out_dir: str = 'out/run'  # run directory: config, log, metrics, checkpoints, summary
-    init_from: Literal['scratch', 'resume', 'auto'] = 'scratch'  # auto: resume if out_dir has last.pt, else scratch
+    init_from: Literal['scratch', 'resume', 'auto', 'hf:PATH'] = 'scratch'  # auto: resume or scratch; hf: a GPT-2, folder or hub name
     seed: int = 1337  # decides weights, data order and dropout (nanoGPT's value)
     device: str = 'auto'  # auto, cpu, cuda or cuda:N (ROCm's devices are called cuda too); auto: GPU if there is one
     dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'  # of the matrices at work; auto: bfloat16 on a GPU, else float32
@@ -122,7 +122,8 @@ def convert(key, value, kind):
     """`value` as `kind`, or ValueError. Text comes from the command line, other types from a config file."""
     text = isinstance(value, str)
     if get_origin(kind) is Literal:
-        if value in get_args(kind):
+        begins = [choice[:-4] for choice in get_args(kind) if choice.endswith(':PATH')]  # 'hf:PATH' stands for hf: and any text
+        if value in get_args(kind) or text and any(value.startswith(begin) and value != begin for begin in begins):
             return value
         close = difflib.get_close_matches(str(value), get_args(kind), 1)
         hint = f"; did you mean '{close[0]}'?" if close else ''

@@ -22,12 +22,13 @@ import torch._functorch.config
 import torch.distributed as dist
 from torch._dynamo.utils import counters
 
+from export import starting_weights
 from files import write_json
 from flat import flatten, gradient_norm, load_named_state, named_state
 from memory import ladder, peak_memory
-from model import GPT
+from model import GPT, model_config
 from optim import build_optimizer, learning_rate_at
-from preflight import checkpoint_to_resume, effective_batch, is_finished, model_config, optimizer_options, preflight, table
+from preflight import checkpoint_to_resume, effective_batch, is_finished, optimizer_options, preflight, table
 from prune import masked, pack_weights, sparsity_report
 from rundir import RunLog, provenance, save_checkpoint
 from settings import Refused, Settings, check, help_text, parse
@@ -423,9 +424,8 @@ def build(s, machine, data, saved):
     torch.use_deterministic_algorithms(s.deterministic)
     torch.manual_seed(s.seed)
     model = GPT(model_config(s, data.vocab_size))  # on the CPU: the same weights for every device
-    saved_or_new = saved or {'weights': {name: p.detach().clone() for name, p in model.named_parameters()}}
-    model.to(machine.device)
-    flats = flatten(model, machine.dtype)
+    saved_or_new = saved or {'weights': starting_weights(s, model)}
+    flats = flatten(model.to(machine.device), machine.dtype)
     progress = Progress(**saved['progress']) if saved else Progress()
     if saved and ladder(s) != ladder(Settings(**saved['settings'])):
         progress.rung = 0  # it counts on the old ladder
