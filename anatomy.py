@@ -18,8 +18,8 @@ import torch._inductor.config
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
 import train
+from loss import ChunkedCrossEntropy
 from memory import predicted_memory
-from model import ChunkedCrossEntropy
 from prune import prunable
 
 STEPS = 3  # under the profiler

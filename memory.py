@@ -8,12 +8,12 @@ import torch
 def predicted_memory(s, config, dtype, parameters, prunable):
     """{part: bytes} on one device. Activations are an estimate, the rest is counted.
 
-    A compiled block keeps 16 widths a token (residual x 2, norms x 2, qkv x 3, attention, 8 of the MLP), 10 of them if
-    it may compute the norms and the GELU again (activation_budget < 1); uncompiled it also keeps float32 norm inputs.
+    A compiled block keeps 12 widths a token (residual x 2, norms x 2, qkv x 3, attention, 4 of the MLP), 10 of them if it may
+    compute the norms again (activation_budget < 1); uncompiled it also keeps the GELU's 4 and float32 norm inputs.
     """
     element = torch.finfo(dtype).bits // 8
     tokens = s.batch_size * s.block_size
-    kept = 16 * (1 if s.activation_budget == 1 else min(10 / 16, s.activation_budget))
+    kept = 12 * (1 if s.activation_budget == 1 else min(10 / 12, s.activation_budget))
     a_block = int(kept * element if s.compile else 17 * element + 2 * 4) * tokens * s.n_embd
     chunk = min(s.loss_chunk_tokens, tokens) * config.padded_vocab_size
     return {

@@ -1,4 +1,4 @@
-"""GPT-2: embeddings, attention, MLP, and a loss that never holds all its logits.
+"""GPT-2: embeddings, attention, MLP, and the loss of loss.py.
 
 Shapes: B batch, T time, C width (n_embd), H heads, D head width (C / H), N = B x T tokens, V padded vocabulary.
 The matrices may be bfloat16 (working weights, see optim.py) while vectors stay float32; activations have the
@@ -10,6 +10,9 @@ from dataclasses import dataclass, fields
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from loss import ChunkedCrossEntropy, chunked_loss, loss_chunk
 
 
 @dataclass
@@ -32,56 +35,6 @@ class GPTConfig:
 def model_config(s, vocab_size):
     """The model these Settings describe."""
     return GPTConfig(vocab_size=vocab_size, **{f.name: getattr(s, f.name) for f in fields(GPTConfig) if hasattr(s, f.name)})
-
-
-def loss_chunk(x, weight, targets, scored, vocab_size, grad_weight):
-    """Head and cross-entropy of some tokens: (their share of the mean loss, gradient of x or None).
-
-    x (n, C), weight (V, C), targets (n,) with -1 = not scored, scored: tokens scored in all. grad_weight (V, C),
-    float32, has this chunk's gradient added to it; None: no gradients. Columns from vocab_size on are padding and
-    take no probability.
-    """
-    exact = torch.promote_types(x.dtype, torch.float32)
-    column = torch.arange(weight.size(0), device=x.device)  # (V,)
-    logits = (x @ weight.t()).to(exact).masked_fill(column >= vocab_size, -math.inf)  # (n, V)
-    log_total = logits.logsumexp(-1, keepdim=True)  # (n, 1)
-    correct = logits.gather(1, targets.clamp(min=0)[:, None])  # (n, 1)
-    share = (targets >= 0).to(exact)[:, None] / scored  # (n, 1)
-    loss = ((log_total - correct) * share).sum()
-    if grad_weight is None:
-        return loss, None
-    grad = (logits - log_total).exp() - (column == targets[:, None]).to(exact)  # (n, V): softmax - one-hot
-    grad = (grad * share).to(x.dtype)
-    grad_weight += grad.t() @ x
-    return loss, grad @ weight
-
-
-class ChunkedCrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy of x (N, C) through the head `weight` (V, C), with the gradients computed chunk by chunk.
-
-    Memory: `chunk` x V logits instead of N x V, plus a float32 gradient of the weight. The backward only scales.
-    one_chunk is loss_chunk, compiled or not. Returns a float32 scalar (float64 for float64 input).
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, targets, vocab_size, chunk, one_chunk):
-        grad_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
-        loss, grad_x = chunked_loss(x, weight, targets, vocab_size, chunk, one_chunk, grad_weight)
-        ctx.save_for_backward(grad_x, grad_weight.to(weight.dtype))
-        return loss
-
-    @staticmethod
-    def backward(ctx, grad_loss):
-        grad_x, grad_weight = ctx.saved_tensors
-        return grad_x * grad_loss.to(grad_x.dtype), grad_weight * grad_loss.to(grad_weight.dtype), None, None, None, None
-
-
-def chunked_loss(x, weight, targets, vocab_size, chunk, one_chunk=loss_chunk, grad_weight=None):
-    """(mean loss over the scored tokens, gradient of x or None); see loss_chunk for the arguments."""
-    scored = (targets >= 0).sum().clamp(min=1)
-    losses, gradients = zip(*(one_chunk(piece, weight, target, scored, vocab_size, grad_weight)
-                              for piece, target in zip(x.split(chunk), targets.split(chunk))))
-    return torch.stack(losses).sum(), None if grad_weight is None else torch.cat(gradients)
 
 
 class Linear(nn.Linear):
@@ -118,6 +71,10 @@ class Attention(nn.Module):
         return F.dropout(y, self.dropout, self.training)
 
 
+def gelu(x):
+    return F.gelu(x, approximate='tanh')  # GPT-2's form
+
+
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -126,7 +83,11 @@ class MLP(nn.Module):
         self.proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x):  # (B, T, C)
-        y = self.proj(F.gelu(self.fc(x), approximate='tanh'))  # GPT-2's GELU is the tanh form
+        hidden = self.fc(x)  # (B, T, 4C)
+        if torch.compiler.is_compiling():  # the backward computes the activation again, in one kernel with its gradient
+            y = self.proj(checkpoint(gelu, hidden, use_reentrant=False, preserve_rng_state=False))
+        else:
+            y = self.proj(gelu(hidden))
         return F.dropout(y, self.dropout, self.training)
 
 
@@ -185,7 +146,7 @@ class GPT(nn.Module):
         return ChunkedCrossEntropy.apply(*arguments) if torch.is_grad_enabled() else chunked_loss(*arguments)[0]
 
     def compile_parts(self):
-        """Compile the blocks and the loss of a chunk, each a graph of its own.
+        """Compile the blocks and, where loss.py has no kernel for it, the loss of a chunk: each a graph of its own.
 
         In one graph the compiler schedules the head's matrix products of all chunks first and holds all logits.
         """

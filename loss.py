@@ -1,0 +1,105 @@
+"""Head and cross-entropy that never hold all their logits.
+
+Shapes: N = B x T tokens, n of them a chunk, C width, V rows of the (padded) token embedding. The gradients of a chunk are
+computed in the forward pass, while its logits exist; on a GPU by one kernel that turns logits into their gradient in place.
+"""
+import math
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # CPU builds of PyTorch come without
+    triton = None
+
+
+def loss_chunk(x, weight, targets, scored, vocab_size, grad_weight):
+    """Head and cross-entropy of some tokens: (their share of the mean loss, gradient of x or None).
+
+    x (n, C), weight (V, C), targets (n,) with -1 = not scored, scored: tokens scored in all. grad_weight (V, C),
+    float32, has this chunk's gradient added to it; None: no gradients. Columns from vocab_size on are padding and
+    take no probability.
+    """
+    exact = torch.promote_types(x.dtype, torch.float32)
+    column = torch.arange(weight.size(0), device=x.device)  # (V,)
+    logits = (x @ weight.t()).to(exact).masked_fill(column >= vocab_size, -math.inf)  # (n, V)
+    log_total = logits.logsumexp(-1, keepdim=True)  # (n, 1)
+    correct = logits.gather(1, targets.clamp(min=0)[:, None])  # (n, 1)
+    share = (targets >= 0).to(exact)[:, None] / scored  # (n, 1)
+    loss = ((log_total - correct) * share).sum()
+    if grad_weight is None:
+        return loss, None
+    grad = (logits - log_total).exp() - (column == targets[:, None]).to(exact)  # (n, V): softmax - one-hot
+    grad = (grad * share).to(x.dtype)
+    grad_weight += grad.t() @ x
+    return loss, grad @ weight
+
+
+def loss_chunk_fused(x, weight, targets, scored, vocab_size, grad_weight):
+    """The same on a GPU: the logits are read twice and overwritten by their gradient, which makes them the only (n, V) tensor."""
+    logits = x @ weight.t()  # (n, V)
+    losses = torch.empty(len(x), dtype=torch.float32, device=x.device)
+    cross_entropy_kernel[len(x),](logits, targets, scored, losses, vocab_size, weight.size(0), GRADIENT=grad_weight is not None,
+                                  BLOCK=8192, num_warps=16)
+    if grad_weight is None:
+        return losses.sum(), None
+    grad_weight += logits.t() @ x
+    return losses.sum(), logits @ weight
+
+
+if triton:
+    @triton.jit
+    def cross_entropy_kernel(logits, targets, scored, losses, vocab_size, width, GRADIENT: tl.constexpr, BLOCK: tl.constexpr):
+        """One program a token: its loss over `scored`, and with GRADIENT its `width` logits replaced by d loss / d logits."""
+        row = tl.program_id(0).to(tl.int64)
+        logits += row * width
+        target = tl.load(targets + row)
+        highest, total = -float('inf'), 0.0  # of the columns so far; total = sum exp(logit - highest)
+        for start in range(0, vocab_size, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            block = tl.load(logits + column, mask=column < vocab_size, other=-float('inf')).to(tl.float32)
+            before = highest
+            highest = tl.maximum(before, tl.max(block, 0))
+            total = total * tl.exp(before - highest) + tl.sum(tl.exp(block - highest), 0)
+        log_total = highest + tl.log(total)
+        share = tl.where(target >= 0, 1.0, 0.0) / tl.load(scored).to(tl.float32)
+        correct = tl.load(logits + tl.maximum(target, 0)).to(tl.float32)
+        tl.store(losses + row, (log_total - correct) * share)
+        if GRADIENT:
+            tl.debug_barrier()  # no thread may overwrite the correct logit before all have read it
+            for start in range(0, width, BLOCK):
+                column = start + tl.arange(0, BLOCK)
+                block = tl.load(logits + column, mask=column < vocab_size, other=-float('inf')).to(tl.float32)
+                grad = (tl.exp(block - log_total) - tl.where(column == target, 1.0, 0.0)) * share
+                tl.store(logits + column, grad.to(logits.dtype.element_ty), mask=column < width)
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Mean cross-entropy of x (N, C) through the head `weight` (V, C), with the gradients computed chunk by chunk.
+
+    Memory: `chunk` x V logits instead of N x V, plus a float32 gradient of the weight. The backward only scales.
+    one_chunk is loss_chunk, compiled or not. Returns a float32 scalar (float64 for float64 input).
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, vocab_size, chunk, one_chunk):
+        grad_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+        loss, grad_x = chunked_loss(x, weight, targets, vocab_size, chunk, one_chunk, grad_weight)
+        ctx.save_for_backward(grad_x, grad_weight.to(weight.dtype))
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        grad_x, grad_weight = ctx.saved_tensors
+        return grad_x * grad_loss.to(grad_x.dtype), grad_weight * grad_loss.to(grad_weight.dtype), None, None, None, None
+
+
+def chunked_loss(x, weight, targets, vocab_size, chunk, one_chunk=loss_chunk, grad_weight=None):
+    """(mean loss over the scored tokens, gradient of x or None); see loss_chunk for the arguments. A GPU has its own kernel."""
+    if x.is_cuda and triton and x.dtype != torch.float64:
+        one_chunk = loss_chunk_fused
+    scored = (targets >= 0).sum().clamp(min=1)
+    losses, gradients = zip(*(one_chunk(piece, weight, target, scored, vocab_size, grad_weight)
+                              for piece, target in zip(x.split(chunk), targets.split(chunk))))
+    return torch.stack(losses).sum(), None if grad_weight is None else torch.cat(gradients)
