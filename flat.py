@@ -17,6 +17,7 @@ class Flat(NamedTuple):
     """Parameters of one kind, end to end in memory."""
     parameter: nn.Parameter  # (N,) working weights; `main_grad` (N,) float32 holds the accumulated gradient
     layout: dict  # name -> (offset, shape)
+    members: list  # the model's parameters, in this order, views of `parameter`
 
     def views(self, flat):
         """name -> view of `flat` (N,), which may be the weights, a moment, a mask ..."""
@@ -26,7 +27,7 @@ class Flat(NamedTuple):
 def flatten(model, dtype):
     """Move the model's parameters into flat tensors: [matrices of the blocks and embeddings in `dtype`, vectors in float32].
 
-    The parameters become views of them. Every backward adds its gradients to `main_grad` and frees them.
+    The parameters become views of them. accumulate() moves their gradients to `main_grad` after each backward.
     """
     kinds = {'blocks': [], 'embeddings': [], 'vectors': []}
     for name, p in model.named_parameters():
@@ -41,18 +42,26 @@ def flatten_kind(named, dtype):
         layout[name] = (size, p.shape)
         size += -(-p.numel() // 64) * 64  # kernels want 128-byte aligned starts; the gaps stay zero
     device = named[0][1].device
-    flat = Flat(nn.Parameter(torch.zeros(size, dtype=dtype, device=device), requires_grad=False), layout)
+    flat = Flat(nn.Parameter(torch.zeros(size, dtype=dtype, device=device), requires_grad=False), layout, [p for _, p in named])
     flat.parameter.main_grad = torch.zeros(size, dtype=torch.promote_types(dtype, torch.float32), device=device)
-    weights, grads = flat.views(flat.parameter.data), flat.views(flat.parameter.main_grad)
+    weights = flat.views(flat.parameter.data)
     for name, p in named:
         p.data = weights[name].copy_(p.data)
-
-        def accumulate(p, main_grad=grads[name]):
-            main_grad.add_(p.grad)
-            p.grad = None
-
-        p.register_post_accumulate_grad_hook(accumulate)
     return flat
+
+
+def add_each(sums, terms):
+    """Add each tensor of `terms` to its one of `sums`. Compiled it is one kernel for all, which mixed types are not otherwise."""
+    torch._foreach_add_(sums, terms)
+
+
+def accumulate(flats, add=add_each):
+    """Add the gradients of the last backward to `main_grad` and free them. add: add_each, compiled or not."""
+    pairs = [(main_grad, p) for flat in flats for main_grad, p in zip(flat.views(flat.parameter.main_grad).values(), flat.members)
+             if p.grad is not None]
+    add([main_grad for main_grad, _ in pairs], [p.grad for _, p in pairs])
+    for _, p in pairs:
+        p.grad = None
 
 
 def views_of(layout, flat):

@@ -41,10 +41,13 @@ def loss_chunk_fused(x, weight, targets, scored, vocab_size, grad_weight):
     logits = x @ weight.t()  # (n, V)
     losses = torch.empty(len(x), dtype=torch.float32, device=x.device)
     cross_entropy_kernel[len(x),](logits, targets, scored, losses, vocab_size, weight.size(0), GRADIENT=grad_weight is not None,
-                                  BLOCK=8192, num_warps=16)
+                                  BLOCK=4096, num_warps=8)
     if grad_weight is None:
         return losses.sum(), None
-    grad_weight += logits.t() @ x
+    if torch.version.cuda and x.dtype == torch.bfloat16:  # the product is added to float32 as it is, not rounded first
+        torch.addmm(grad_weight, logits.t(), x, out_dtype=torch.float32, out=grad_weight)
+    else:
+        grad_weight += logits.t() @ x
     return losses.sum(), logits @ weight
 
 

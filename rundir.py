@@ -73,6 +73,11 @@ def load_checkpoint(path):
 # --- log, metrics, tracker ---------------------------------------------------------------------------
 
 
+def clock(seconds):
+    """Seconds as h:mm:ss."""
+    return f'{int(seconds // 3600)}:{int(seconds // 60 % 60):02d}:{int(seconds % 60):02d}'
+
+
 class RunLog:
     """Prints and keeps what a run says. On ranks other than 0 everything is a no-op."""
 

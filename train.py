@@ -24,13 +24,13 @@ from torch._dynamo.utils import counters
 
 from export import starting_weights
 from files import write_json
-from flat import flatten, gradient_norm, load_named_state, named_state
+from flat import accumulate, add_each, flatten, gradient_norm, load_named_state, named_state
 from memory import ladder, peak_memory
 from model import GPT, model_config
 from optim import build_optimizer, learning_rate_at
 from preflight import checkpoint_to_resume, effective_batch, is_finished, optimizer_options, preflight, table
 from prune import masked, pack_weights, sparsity_report
-from rundir import RunLog, provenance, save_checkpoint
+from rundir import RunLog, clock, provenance, save_checkpoint
 from settings import Refused, Settings, check, help_text, parse
 from shards import window_order
 
@@ -59,6 +59,7 @@ class Run:
     flats: list
     optimizer: Any
     progress: Progress
+    add_each: Any = None  # flat.add_each, compiled or not
     bad_step: Any = None  # 0-dim int64 on the device: first step without finite gradients, -1: none
     stop_signal: int = 0
     graphs: tuple = (0, 0)  # (compiled graphs, graph breaks) when last looked at
@@ -131,6 +132,7 @@ def local_gradients(run):
         torch.manual_seed(s.seed + 1_000_003 * (1 + p.step * s.gradient_accumulation_steps + micro))
         loss = run.model(idx, targets) / s.gradient_accumulation_steps
         loss.backward()
+        accumulate(run.flats, run.add_each)
         total += loss.detach()
     return total
 
@@ -239,10 +241,6 @@ def log_step(run, loss, norm):
         guard_against_divergence(run, loss)
 
 
-def clock(seconds):
-    return f'{int(seconds // 3600)}:{int(seconds // 60 % 60):02d}:{int(seconds % 60):02d}'
-
-
 def spikes(run):
     """Updates so far on which the optimizer met a gradient spike."""
     return run.optimizer.counters()['spikes'] if hasattr(run.optimizer, 'counters') else 0
@@ -341,6 +339,8 @@ def set_up_model(run):
     run.model.config.loss_chunk_tokens = run.active.loss_chunk_tokens
     run.model.uncompile_parts()
     run.optimizer.set_compiled(run.active.compile)
+    fuse = run.active.compile and run.machine.device.type == 'cuda'  # on a CPU the compiled one is no faster
+    run.add_each = torch.compile(add_each, fullgraph=True, dynamic=False) if fuse else add_each
     if run.active.compile:
         torch._functorch.config.activation_memory_budget = run.active.activation_budget
         run.model.compile_parts()

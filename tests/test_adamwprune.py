@@ -7,7 +7,7 @@ from conftest import train  # noqa: F401  (puts the repository on the path)
 
 import prune
 from model import GPT, GPTConfig
-from flat import flatten, load_named_state, named_state
+from flat import accumulate, flatten, load_named_state, named_state
 from optim import AdamWPrune, build_optimizer
 from rundir import checksum, to_cpu
 
@@ -221,6 +221,7 @@ def one_step(run, step):
     for flat in flats:
         flat.parameter.main_grad.zero_()
     model(*torch.randint(CONFIG.vocab_size, (2, 4, CONFIG.block_size), generator=torch.Generator().manual_seed(step))).backward()
+    accumulate(flats)
     optimizer.step(clip=torch.tensor(0.9), finite=torch.tensor(True))
 
 

@@ -7,7 +7,8 @@ from conftest import assert_same_run, losses, train
 
 import bench
 import optim
-from flat import flatten
+import loss
+from flat import accumulate, flatten
 from model import GPT, GPTConfig, attention_backend
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')]
@@ -54,8 +55,8 @@ def test_memory_ladder_keeps_the_effective_batch(tiny, tmp_path):
     print(f"free: {free['peak_memory_bytes'] / 2**20:.0f} MiB; capped: {capped['peak_memory_bytes'] / 2**20:.0f} MiB, rung "
           f"{capped['rung']} ({capped['rung_label']})")
     assert capped['rung'] >= 1 and capped['effective_batch'] == free['effective_batch'] == 32
-    for step, loss in losses(tmp_path / 'free').items():
-        assert abs(loss - losses(tmp_path / 'capped')[step]) < 0.02
+    for step, value in losses(tmp_path / 'free').items():
+        assert abs(value - losses(tmp_path / 'capped')[step]) < 0.02
 
 
 def test_compiled_update_equals_its_plain_twin():
@@ -73,6 +74,25 @@ def test_compiled_update_equals_its_plain_twin():
         assert torch.allclose(a.float(), b.float(), rtol=1e-6, atol=1e-7) or a.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 1e-5), (torch.bfloat16, 8e-3)])
+@pytest.mark.parametrize('vocab_size', [5, 4096, 50257])
+def test_loss_kernel_equals_its_twin_in_float64(dtype, tolerance, vocab_size):
+    torch.manual_seed(0)
+    rows = -(-vocab_size // 128) * 128
+    x, weight = torch.randn(300, 64, device='cuda').to(dtype), torch.randn(rows, 64, device='cuda').to(dtype)
+    targets = torch.randint(vocab_size, (300,), device='cuda')
+    targets[::7], targets[5], targets[6] = -1, 0, vocab_size - 1
+    scored = (targets >= 0).sum()
+    sums = [torch.randn(rows, 64, generator=torch.Generator().manual_seed(1)).cuda().to(kind) for kind in (torch.float32, torch.float64)]
+    added = [total.clone() for total in sums]
+    got = loss.loss_chunk_fused(x, weight, targets, scored, vocab_size, added[0])
+    expected = loss.loss_chunk(x.double(), weight.double(), targets, scored, vocab_size, added[1])
+    for a, b in zip([*got, added[0] - sums[0]], [*expected, added[1] - sums[1]]):
+        assert (a.double() - b).norm() <= tolerance * b.norm()
+    alone, none = loss.loss_chunk_fused(x, weight, targets, scored, vocab_size, None)
+    assert none is None and alone == got[0]
+
+
 def test_bfloat16_loss_and_gradients_stay_near_float64():
     torch.manual_seed(0)
     config = GPTConfig(vocab_size=500, block_size=64, n_layer=2, n_head=2, n_embd=64, loss_chunk_tokens=100)
@@ -83,6 +103,7 @@ def test_bfloat16_loss_and_gradients_stay_near_float64():
     idx, targets = torch.randint(500, (2, 4, 64), device='cuda')
     exact(idx, targets).backward()
     model(idx, targets).backward()
+    accumulate(flats)
     gradients = {name: grad for flat in flats for name, grad in flat.views(flat.parameter.main_grad).items()}
     for name, p in exact.named_parameters():
         error = (gradients[name].double() - p.grad).norm() / p.grad.norm()

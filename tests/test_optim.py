@@ -6,7 +6,7 @@ import torch
 from conftest import train  # noqa: F401  (puts the repository on the path)
 
 import optim
-from flat import flatten, gradient_norm, load_named_state, named_state
+from flat import accumulate, flatten, gradient_norm, load_named_state, named_state
 from model import GPT, GPTConfig
 from optim import AdamW, build_optimizer, learning_rate_at
 
@@ -63,6 +63,7 @@ def test_flat_training_equals_torch_adamw_over_50_steps():
         for micro in range(2):
             idx, targets = tokens(step * 2 + micro)
             (model(idx, targets) / 2).backward()
+            accumulate(flats)
             (plain(idx, targets) / 2).backward()
         norm = gradient_norm(flats)
         expected_norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
@@ -82,6 +83,7 @@ def test_bfloat16_works_on_rounded_masters():
     for group in optimizer.param_groups:
         group['lr'] = 1e-6
     model(*tokens(0)).backward()
+    accumulate(flats)
     optimizer.step()
     weights = named_state(flats, optimizer)['weights']
     assert all(w.dtype == torch.float32 for w in weights.values())
@@ -117,10 +119,12 @@ def test_gradients_accumulate_in_float32_and_are_freed():
     for seed in range(3):
         single, single_flats, _ = small_model(torch.bfloat16)
         single(*tokens(seed)).backward()
+        accumulate(single_flats)
         for f in single_flats:
             for name, grad in f.views(f.parameter.main_grad).items():
                 total[name] += grad
         model(*tokens(seed)).backward()
+        accumulate(flats)
     for name, p in model.named_parameters():
         assert p.grad is None and gradients[name].dtype == torch.float32
         torch.testing.assert_close(gradients[name], total[name], atol=1e-7, rtol=1e-6)
@@ -129,6 +133,7 @@ def test_gradients_accumulate_in_float32_and_are_freed():
 def test_a_step_that_is_not_finite_changes_nothing():
     model, flats, optimizer = small_model()
     model(*tokens(0)).backward()
+    accumulate(flats)
     optimizer.step()
     before = {k: {n: t.clone() for n, t in v.items()} for k, v in named_state(flats, optimizer).items()}
     flats[0].parameter.main_grad[5] = math.nan
