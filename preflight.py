@@ -8,10 +8,11 @@ from typing import NamedTuple
 import torch
 
 import prune
+from attention import attention_backend
 from files import read_json
 from flat import flatten
 from memory import predicted_memory, size
-from model import GPT, GPTConfig, attention_backend
+from model import GPT, GPTConfig
 from optim import build_optimizer
 from rundir import load_checkpoint
 from settings import Refused
@@ -209,7 +210,8 @@ def table(s, machine, data, model, start_step):
         ('evaluation', f'{s.eval_tokens or data.val.tokens:,} of {data.val.tokens:,} tokens every {s.eval_interval} steps'),
         ('device', f'{machine.name}, {peak}'),
         ('numbers', f'{str(machine.dtype)[6:]} at work, float32 masters, moments and gradients'),
-        ('attention', f'{backend}' + (' (unfused, as allowed)' if backend == 'math' and machine.device.type == 'cuda' else '')),
+        ('attention', attention_plan(s) + backend
+                      + (' (unfused, as allowed)' if backend == 'math' and machine.device.type == 'cuda' else '')),
         ('compile', 'yes, proven after the first steps' if s.compile else 'no'),
         ('memory, predicted', f'{size(sum(memory.values()))}: ' + ', '.join(f'{part} {size(n)}' for part, n in memory.items() if n)),
         ('parameters', f'{model.parameter_count():,}, of them {prunable:,} prunable ({s.prune_scope})'),
@@ -220,6 +222,18 @@ def table(s, machine, data, model, start_step):
     ]
     lines = ['preflight'] + [f'  {name:<18s} {text}' for name, text in rows]
     return '\n'.join(lines + [f'  {"note":<18s} {note}' for note in notes(s, machine, memory, epochs)])
+
+
+def attention_plan(s):
+    """What attention is besides multi-head, as text in front of the name of its kernels."""
+    parts = []
+    if s.attention == 'mla':
+        shared = [what for what, of_its_own in (('keys', s.per_head_q_latent), ('values', s.per_head_v_up)) if not of_its_own]
+        parts.append(f'latent, 2 x {s.latent_dim} wide' + (f', {" and ".join(shared)} the same in all heads' if shared else ''))
+    if s.ra_learned or s.ra_alpha:
+        reach = 'over all earlier tokens' if s.ra_window < 0 else f'{s.ra_window} tokens back'
+        parts.append(f'reciprocal {reach}, ' + ('learned from ' if s.ra_learned else 'times ') + f'{s.ra_alpha:g}')
+    return ''.join(f'{part}; ' for part in parts)
 
 
 def pruning_plan(s, prunable):
@@ -246,5 +260,9 @@ def notes(s, machine, memory, epochs):
         yield f'{epochs:.1f} epochs: beyond about 4, repeated text teaches little (arXiv 2305.16264)'
     if s.prune_score == 'bitter10':
         yield 'bitter10 keeps three more float32 numbers a prunable weight'
+    if s.ra_alpha != 0 and not s.ra_learned:
+        yield f'ra_alpha={s.ra_alpha:g} for good is an unstable choice; --ra_learned=True lets each head find its own'
+    if s.attention == 'mla' and s.latent_dim >= s.n_embd:
+        yield f'latent_dim={s.latent_dim}: the cache of sample.py is no smaller than that of attention=mha'
     if s.grad_clip == 0:
         yield 'grad_clip=0: one bad batch can end the run'

@@ -6,8 +6,9 @@ import torch
 from conftest import assert_same_run, losses, train
 
 import optim
+from attention import attention_backend
 from flat import flatten
-from model import GPT, GPTConfig, attention_backend
+from model import GPT, GPTConfig
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')]
 ON_GPU = dict(device='cuda', compile=True, dtype='bfloat16', loss_chunk_tokens=512, n_embd=128, block_size=128, batch_size=8,

@@ -6,7 +6,8 @@ import torch
 from conftest import train  # noqa: F401  (puts the repository on the path)
 from torch.nn import functional as F
 
-from model import GPT, GPTConfig, attention_backend, chunked_loss
+from attention import attention_backend
+from model import GPT, GPTConfig, chunked_loss
 
 SMALL = dict(vocab_size=131, block_size=32, n_layer=2, n_head=4, n_embd=32, loss_chunk_tokens=24)
 
