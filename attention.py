@@ -126,7 +126,7 @@ def block_masks(T, window, device):
 
 
 HAS_TRITON = importlib.util.find_spec('triton') is not None
-compiled_flex = torch.compile(flex_attention, dynamic=False)
+compiled_flex = torch.compile(flex_attention, fullgraph=True, dynamic=False)  # fullgraph: rather an error than unfused
 
 
 def is_reciprocal(config):
@@ -203,12 +203,19 @@ class Attention(nn.Module):
         """Attention of new queries (B, H, T, D) to all that the cache then holds -> (B, H, T, D)."""
         layer['keys'][step.row, :, step.slot] = k[step.row, :, step.column]
         layer['values'][step.row, :, step.slot] = v[step.row, :, step.column]
+        if step.causal:
+            return attend(q, self.keys(k), self.values(v), scale=self.scale)
         mask, scale = step.allowed, self.scale or q.size(-1) ** -0.5
         if self.alpha is not None:
             mask = self.reciprocal_logits(q, self.keys(k), layer, step, scale).masked_fill(~step.allowed, -math.inf)
             layer['queries'][step.ring.row, :, step.ring.slot] = q[step.ring.row, :, step.ring.column]
-        keys, values = (layer[name][:, :, :step.end].expand(-1, self.n_head, -1, -1) for name in ('keys', 'values'))
-        return self.release(F.scaled_dot_product_attention(self.absorb(q), keys, values, mask, is_causal=step.causal, scale=scale))
+        keys, values = layer['keys'][:, :, :step.end], layer['values'][:, :, :step.end]
+        B, H, T, _ = q.shape
+        held = keys.size(1)  # heads; 1 of MLA's latents, whose heads are more queries of it
+        if mask is not None:
+            mask = mask.expand(B, H, T, step.end).reshape(B, held, -1, step.end)
+        y = F.scaled_dot_product_attention(self.absorb(q).reshape(B, held, -1, keys.size(-1)), keys, values, mask, scale=scale)
+        return self.release(y.reshape(B, H, T, -1))
 
     def reciprocal_logits(self, q, k, layer, step, scale):
         """alpha S_ji of the new tokens i (q, k: (B, H, T, D)) and all tokens j: (B, H, T, end), 0 outside the window."""
@@ -295,7 +302,7 @@ class Step(NamedTuple):
     slot: Any
     end: int  # places of the cache in use, by the longest row
     allowed: Any  # (B, 1, T, end) bool: token i may see token j; None: all, or those up to it (causal)
-    causal: bool
+    causal: bool  # nothing was read before, and no RA
     ring: Ring | None
 
 

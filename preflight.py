@@ -15,7 +15,7 @@ from memory import predicted_memory, size
 from model import GPT, GPTConfig
 from optim import build_optimizer
 from rundir import load_checkpoint
-from settings import Refused
+from settings import Refused, Settings
 from shards import open_data
 
 # Dense bfloat16 FLOP/s by a part of the device's name, from the vendors' data sheets; the first match counts.
@@ -158,7 +158,7 @@ def checkpoint_to_resume(s, data):
     saved = load_checkpoint(path)
     if 'progress' not in saved:
         raise Refused(f'{path} holds weights only, like a best.pt: not enough to resume from; restore the last.pt of this run')
-    before, problems = saved['settings'], []
+    before, problems = {**vars(Settings()), **saved['settings']}, []  # a setting that is newer than the run had its default's meaning
     for key, value in vars(s).items():
         if key not in FREE_ON_RESUME and before.get(key) != value:
             problems.append(f'{key}={value!r}: the run in {s.out_dir} has {key}={before.get(key)!r}; keep it, or start another run '

@@ -159,8 +159,8 @@ def test_a_character_is_printed_once_it_is_whole(capsys):
 def test_text_comes_while_it_is_made(tiny, tmp_path):
     """The first bytes are out long before the last token: read from a real pipe."""
     train.main(tiny(max_iters=3))
-    process = subprocess.Popen([sys.executable, str(HOME / 'sample.py'), str(tmp_path / 'run'), '--device=cpu', '--prompt=abc', '--max_new_tokens=100000'],
-                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    argv = [sys.executable, str(HOME / 'sample.py'), str(tmp_path / 'run'), '--device=cpu', '--prompt=abc', '--max_new_tokens=100000']
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env={**os.environ, 'OMP_NUM_THREADS': '1'})
     try:
         assert process.stdout.read(3) == b'abc' and process.stdout.read(5) and process.poll() is None
     finally:
