@@ -49,25 +49,30 @@ def attend(q, k, v, alpha=None, window=-1, scale=None, dropout=0.0):
         # Fused kernels want one width for all three: v is filled up with zeros.
         y = F.scaled_dot_product_attention(*widened(q, k, alpha), F.pad(v, (0, D)), is_causal=True, dropout_p=dropout, scale=scale)
         return y[..., :D]
+    if dropout:
+        raise ValueError(f'dropout={dropout} window={window}: the kernels of the window have no dropout')
     return (banded if flex_runs(q.device.type, q.dtype, D) else dense_reciprocal)(q, k, v, alpha, window, scale)
+
+
+def per_head(alpha):
+    """alpha, a number or (H,), as a factor of (B, H, T, anything)."""
+    return alpha[:, None, None] if torch.is_tensor(alpha) else alpha
 
 
 def widened(q, k, alpha):
     """(q', k'), each (B, H, T, 2D), with q'_i . k'_j = q_i . k_j + alpha q_j . k_i."""
-    alpha = alpha[:, None, None] if torch.is_tensor(alpha) else alpha
     wide_k = torch.cat([k, q], -1)
     k = wide_k[..., :k.size(-1)]  # the same numbers; so the backward need not keep k
-    return torch.cat([q, (alpha * k).to(q.dtype)], -1), wide_k
+    return torch.cat([q, (per_head(alpha) * k).to(q.dtype)], -1), wide_k
 
 
 def dense_reciprocal(q, k, v, alpha, window, scale):
     """Reciprocal attention by its formula, with all (B, H, T, T) logits: the CPU's, and what the fused one is tested against."""
     T, exact = q.size(-2), torch.promote_types(q.dtype, torch.float32)
-    alpha = alpha[:, None, None] if torch.is_tensor(alpha) else alpha
     token = torch.arange(T, device=q.device)
     back = token[:, None] - token  # (T, T): i - j
     logits = q.to(exact) @ k.to(exact).mT * scale  # (B, H, T, T)
-    logits = logits + torch.where((back >= 0) & (back <= window), alpha * logits.mT, 0)
+    logits = logits + torch.where((back >= 0) & (back <= window), per_head(alpha) * logits.mT, 0)
     return logits.masked_fill(back < 0, -math.inf).softmax(-1).to(v.dtype) @ v
 
 
@@ -219,10 +224,9 @@ class Attention(nn.Module):
 
     def reciprocal_logits(self, q, k, layer, step, scale):
         """alpha S_ji of the new tokens i (q, k: (B, H, T, D)) and all tokens j: (B, H, T, end), 0 outside the window."""
-        alpha = self.alpha[:, None, None] if torch.is_tensor(self.alpha) else self.alpha
         logits = k @ torch.cat([layer['queries'], q], 2).mT * scale  # (B, H, T, ring + T): of the queries that are known
         source = step.ring.source[:, None, None].expand(*q.shape[:3], -1)
-        return torch.where(step.ring.band, alpha * logits.gather(-1, source), 0).to(q.dtype)
+        return torch.where(step.ring.band, per_head(self.alpha) * logits.gather(-1, source), 0).to(q.dtype)
 
 
 class LatentAttention(Attention):

@@ -8,12 +8,14 @@ import torch
 from conftest import assert_same_run, last, refusal, train
 
 import attention
+import preflight
 import prune
 from attention import attend, banded, dense_reciprocal, merge, new_cache
 from model import GPT, GPTConfig
 from preflight import model_config
 from rundir import save_checkpoint
 from settings import Settings, check, parse
+from shards import open_data
 
 SMALL = dict(vocab_size=131, block_size=48, n_layer=2, n_head=4, n_embd=32)
 MLA = dict(attention='mla', latent_dim=12)
@@ -389,6 +391,28 @@ def test_preflight_tells_of_latents_and_of_a_fixed_alpha(tiny, capsys):
     assert '  attention          latent, 2 x 32 wide, values the same in all heads; reciprocal 3 tokens back, times 0.5; math\n' in out
     assert 'ra_alpha=0.5 for good is an unstable choice' in out
     assert 'latent_dim=32: the cache of sample.py is no smaller than that of attention=mha' in out
+
+
+def test_preflight_knows_what_a_gpu_would_run(tiny, tiny_data, monkeypatch):
+    """FlexAttention for the window, unless the heads are too narrow for it: then it is refused, as for any attention."""
+    monkeypatch.setattr(preflight, 'notes', lambda *told: ())  # asks a real GPU for its memory
+    monkeypatch.setattr(attention, 'HAS_TRITON', True)
+    data = open_data(str(tiny_data), 'tiny')
+    gpu = preflight.Machine(torch.device('cuda:0'), torch.bfloat16, 0, 1, 'NVIDIA A100', None)
+
+    def table(n_head):
+        s, _ = parse(Settings, tiny(ra_learned=True, ra_window=4, n_head=n_head))
+        return preflight.table(s, gpu, data, GPT(model_config(s, 257)), 0)
+
+    assert '  attention          reciprocal 4 tokens back, learned from 0; flex\n' in table(2)
+    assert refusal(table, 4)[0].startswith('attention would run unfused (math) on NVIDIA A100')
+
+
+def test_dropout_that_the_window_cannot_have_is_an_error():
+    model = GPT(GPTConfig(**SMALL, **RA, dropout=0.1))
+    with pytest.raises(ValueError, match='dropout=0.1 window=5: the kernels of the window have no dropout'):
+        model.hidden(text(model))
+    model.eval().hidden(text(model))
 
 
 def test_every_linear_weight_of_latent_attention_can_be_pruned():
