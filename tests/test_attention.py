@@ -114,6 +114,13 @@ def test_alpha_of_zero_is_no_reciprocal_attention_to_the_bit(told):
     torch.testing.assert_close(learned(idx), plain(idx), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize('window', [5, -1])
+def test_fixed_alpha_is_a_learned_one_of_that_value(window):
+    fixed, learned = lively(ra_alpha=-0.6, ra_window=window), lively(ra_learned=True, ra_window=window)
+    learned.load_state_dict({**fixed.state_dict(), **{f'blocks.{n}.attention.alpha': torch.full((4,), -0.6) for n in range(2)}})
+    torch.testing.assert_close(fixed(text(fixed)), learned(text(fixed)), atol=1e-6, rtol=1e-6)
+
+
 def test_learned_alpha_starts_at_ra_alpha_and_learns():
     model = GPT(GPTConfig(**SMALL, ra_learned=True))
     assert all(torch.equal(block.attention.alpha, torch.zeros(4)) for block in model.blocks)
@@ -135,10 +142,10 @@ def test_latent_attention_as_wide_as_the_model_is_multi_head_attention():
     torch.testing.assert_close(mla(text(mha)), mha(text(mha)), atol=1e-13, rtol=1e-13)
 
 
-@pytest.mark.parametrize('per_head_q, per_head_v', list(itertools.product([True, False], repeat=2)))
-def test_latent_attention_is_its_formula(per_head_q, per_head_v):
-    """Head by head: softmax((q_h A_h) . c^K / sqrt(D)) (c^V U_h), the latents normalised."""
-    model = lively(**MLA, per_head_q_latent=per_head_q, per_head_v_up=per_head_v).double()
+@pytest.mark.parametrize('per_head_q, per_head_v, latent_scale', list(itertools.product([True, False], repeat=3)))
+def test_latent_attention_is_its_formula(per_head_q, per_head_v, latent_scale):
+    """Head by head: softmax((q_h A_h) . c^K / sqrt(D)) (c^V U_h), the latents normalised; latent_scale: / sqrt(L)."""
+    model = lively(**MLA, per_head_q_latent=per_head_q, per_head_v_up=per_head_v, latent_scale=latent_scale).double()
     part, H, D, L = model.blocks[0].attention, 4, 8, 12
     x = torch.randn(2, 10, 32, dtype=torch.float64)
     w_q, w_dk, w_dv = part.down.weight.split([32, L, L])
@@ -148,7 +155,7 @@ def test_latent_attention_is_its_formula(per_head_q, per_head_v):
     for h in range(H):
         own = slice(h * D, h * D + D)
         A, U = part.key_up.weight[own if per_head_q else slice(D)], part.value_up.weight[own if per_head_v else slice(D)].t()
-        logits = (x @ w_q[own].t() @ A) @ keys.mT / math.sqrt(D)
+        logits = (x @ w_q[own].t() @ A) @ keys.mT / math.sqrt(L if latent_scale else D)
         heads.append(logits.masked_fill(torch.ones(10, 10).triu(1).bool(), -math.inf).softmax(-1) @ values @ U)
     torch.testing.assert_close(part(x), torch.cat(heads, -1) @ part.proj.weight.t(), atol=1e-12, rtol=1e-12)
 
@@ -277,11 +284,13 @@ def test_cached_reading_in_any_pieces_is_reading_at_once(told, pieces):
 
 
 @variants
-def test_rows_of_different_lengths_are_what_they_are_alone(told):
-    """Prompts of 1, 9 and 30 tokens filled up to 30, then steps of which some rows take none, one, or start again."""
+@pytest.mark.parametrize('steps, fresh_at', [
+    ([(1, 9, 30), (1, 1, 1), (3, 0, 1), (0, 1, 16), (12, 7, 0), (1, 1, 0)], {4: 1}),  # before step 4 row 1 forgets what it has read
+    ([(2, 0, 3), (1, 20, 0), (1, 1, 1)], {}),  # the first text of one row is as long as all that any row has then
+    ([(20, 21, 22), (1, 1, 30), (1, 1, 1)], {1: 2})])
+def test_rows_of_different_lengths_are_what_they_are_alone(told, steps, fresh_at):
+    """Prompts filled up to the longest, then steps of which some rows take none, one, or start again."""
     model = lively(**told)
-    steps = [(1, 9, 30), (1, 1, 1), (3, 0, 1), (0, 1, 16), (12, 7, 0), (1, 1, 0)]
-    fresh_at = {4: 1}  # before this step row 1 forgets what it has read
     draw, cache = torch.Generator().manual_seed(2), new_cache(model.config, 3, 'cpu', torch.float32)
     read = [torch.empty(0, dtype=torch.int64)] * 3
     with torch.no_grad():
