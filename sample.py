@@ -4,7 +4,7 @@
     python sample.py out/quickstart --prompts_file=prompts.txt --num_samples=2 --top_p=0.9
     python sample.py out/quickstart --score=book.txt
 
-Texts go to stdout, a single one as it is made, of several each when all are done; speed and cache size to stderr.
+Texts go to stdout, a single one as it is made, several once all are done; speed and cache size go to stderr.
 """
 import codecs
 import math
