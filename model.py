@@ -1,4 +1,4 @@
-"""GPT-2: embeddings, attention, MLP, and the loss of loss.py.
+"""GPT-2: embeddings, blocks of attention (attention.py) and MLP, and the loss of loss.py.
 
 Shapes: B batch, T time, C width (n_embd), H heads, D head width (C / H), N = B x T tokens, V padded vocabulary.
 The matrices may be bfloat16 (working weights, see optim.py) while vectors stay float32; activations have the
@@ -12,6 +12,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from attention import Attention, LatentAttention, Linear, block_masks, is_reciprocal, up_std
 from loss import ChunkedCrossEntropy, chunked_loss, loss_chunk
 
 
@@ -24,6 +25,15 @@ class GPTConfig:
     n_embd: int = 768
     dropout: float = 0.0
     bias: bool = False
+    attention: str = 'mha'
+    latent_dim: int = 128
+    per_head_q_latent: bool = True
+    per_head_v_up: bool = True
+    latent_norm: bool = True
+    latent_scale: bool = False
+    ra_alpha: float = 0.0
+    ra_window: int = 64
+    ra_learned: bool = False
     loss_chunk_tokens: int = 8192
 
     @property
@@ -37,13 +47,6 @@ def model_config(s, vocab_size):
     return GPTConfig(vocab_size=vocab_size, **{f.name: getattr(s, f.name) for f in fields(GPTConfig) if hasattr(s, f.name)})
 
 
-class Linear(nn.Linear):
-    """nn.Linear whose bias may be float32 beside a bfloat16 weight."""
-
-    def forward(self, x):
-        return F.linear(x, self.weight, None if self.bias is None else self.bias.to(x.dtype))
-
-
 class LayerNorm(nn.Module):
     """LayerNorm computed in its own (float32) precision, with an optional bias."""
 
@@ -54,21 +57,6 @@ class LayerNorm(nn.Module):
 
     def forward(self, x):
         return F.layer_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.bias, 1e-5).to(x.dtype)
-
-
-class Attention(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.n_head, self.dropout = config.n_head, config.dropout
-        self.qkv = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
-        self.proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
-
-    def forward(self, x):  # (B, T, C)
-        B, T, C = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=self.dropout if self.training else 0.0)
-        y = self.proj(y.transpose(1, 2).reshape(B, T, C))
-        return F.dropout(y, self.dropout, self.training)
 
 
 def gelu(x):
@@ -99,12 +87,12 @@ class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.norm_1 = LayerNorm(config.n_embd, config.bias)
-        self.attention = Attention(config)
+        self.attention = (LatentAttention if config.attention == 'mla' else Attention)(config)
         self.norm_2 = LayerNorm(config.n_embd, config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x):  # (B, T, C)
-        x = x + self.attention(self.norm_1(x))
+    def forward(self, x, layer=None, step=None):  # (B, T, C); layer, step: of a cache
+        x = x + self.attention(self.norm_1(x), layer, step)
         return x + self.mlp(self.norm_2(x))
 
 
@@ -121,19 +109,27 @@ class GPT(nn.Module):
         for name, p in self.named_parameters():
             if p.dim() == 2:  # the residual stream is a sum of 2 x n_layer projections: keep its variance (GPT-2, section 2.3)
                 residual = name.endswith('proj.weight')
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if residual else 0.02)
+                std = up_std(config) if name.endswith('_up.weight') else 0.02
+                nn.init.normal_(p, std=std / math.sqrt(2 * config.n_layer) if residual else std)
             elif name.endswith('bias'):
                 nn.init.zeros_(p)
 
-    def hidden(self, idx):
-        """Tokens (B, T) -> the final normalised residual stream (B, T, C). T is at most block_size."""
+    def hidden(self, idx, cache=None, counts=None):
+        """Tokens (B, T) -> the final normalised residual stream (B, T, C). T is at most block_size.
+
+        With a cache (attention.new_cache) the tokens follow those it has read, and it reads them too. counts (B,) int64
+        on the CPU: how many of each row are real, the rest being filling at its end whose output means nothing.
+        """
         T = idx.size(1)
         if T > self.config.block_size:
             raise ValueError(f'{T} tokens do not fit in block_size={self.config.block_size}')
-        x = self.token_embedding(idx) + self.position_embedding.weight[:T]  # (B, T, C)
-        x = F.dropout(x, self.config.dropout, self.training)
-        for block in self.blocks:
-            x = block(x)
+        step = cache.plan(T, counts, idx.device) if cache else None
+        positions = self.position_embedding(step.positions) if cache else self.position_embedding.weight[:T]
+        x = F.dropout(self.token_embedding(idx) + positions, self.config.dropout, self.training)  # (B, T, C)
+        for block, layer in zip(self.blocks, cache.layers if cache else [None] * len(self.blocks)):
+            x = block(x, layer, step)
+        if cache:
+            cache.lengths = cache.lengths + (T if counts is None else counts)
         return self.norm(x)
 
     def head(self, hidden):
@@ -154,6 +150,9 @@ class GPT(nn.Module):
 
         In one graph the compiler schedules the head's matrix products of all chunks first and holds all logits.
         """
+        c, weight = self.config, self.token_embedding.weight
+        if is_reciprocal(c) and weight.is_cuda and 0 <= c.ra_window < c.block_size - 1:
+            block_masks(c.block_size, c.ra_window, weight.device)
         self.hidden = torch.compile(self.hidden, fullgraph=True, dynamic=False)
         self.loss_chunk = torch.compile(loss_chunk, fullgraph=True, dynamic=False)
 
@@ -167,20 +166,10 @@ class GPT(nn.Module):
 
     def flops_per_token(self):
         """Of forward and backward: 6 a weight that multiplies + 12 L C T for attention (PaLM, arXiv 2204.02311,
-        appendix B). Position embeddings only add; the tied embedding multiplies as the head."""
+        appendix B), and 6 L C for each token in the window of RA. Position embeddings only add; the tied embedding
+        multiplies as the head. MLA is counted as it trains, with its keys and values expanded."""
         c = self.config
         multiplying = self.parameter_count() - self.position_embedding.weight.numel()
-        return 6 * multiplying + 12 * c.n_layer * c.n_embd * c.block_size
-
-
-def attention_backend(config, batch_size, device, dtype):
-    """Name of the kernel family that scaled_dot_product_attention picks for this model here, e.g. 'flash'.
-
-    Asks PyTorch's own dispatcher with tensors of the real shapes, so it is what runs, not what was hoped for.
-    """
-    shape = (batch_size, config.block_size, 3, config.n_head, config.n_embd // config.n_head)
-    qkv = torch.empty(shape, device=device, dtype=dtype, requires_grad=True)
-    q, k, v = qkv.permute(2, 0, 3, 1, 4)
-    choice = torch._fused_sdp_choice(q, k, v, None, config.dropout, True)
-    names = {0: 'math', 1: 'flash', 2: 'memory-efficient', 3: 'cudnn', 4: 'overrideable'}  # torch.nn.attention.SDPBackend
-    return names.get(int(choice), f'unknown ({choice})')
+        window = c.block_size if c.ra_window < 0 else min(c.ra_window + 1, c.block_size)
+        keys = 12 * c.block_size + (6 * window if is_reciprocal(c) else 0)
+        return 6 * multiplying + c.n_layer * c.n_embd * keys

@@ -7,14 +7,15 @@ from typing import NamedTuple
 import torch
 
 import prune
+from attention import attention_backend
 from export import problems_of, read_gpt2
 from files import read_json
 from flat import flatten
 from memory import predicted_memory, size
-from model import GPT, attention_backend, model_config
+from model import GPT, model_config
 from optim import build_optimizer
 from rundir import load_checkpoint
-from settings import Refused
+from settings import Refused, Settings
 from shards import VOCABULARY, open_data
 
 # Dense bfloat16 FLOP/s by a part of the device's name, from the vendors' data sheets; the first match counts.
@@ -96,7 +97,8 @@ def optimizer_options(s, model):
     if kind == 'adamwprune':
         options.update(base=base, score=s.prune_score, target_sparsity=s.target_sparsity, schedule=s.prune_schedule, start=s.prune_start,
                        end=s.prune_end, interval=s.prune_interval, regrow=s.prune_regrow, srste=s.prune_srste, pattern=s.prune_pattern,
-                       allocation=s.prune_allocation, lr_power=s.prune_lr_power, allow_extra_memory=s.allow_extra_memory, prunable=prune.prunable(model.named_parameters(), s.prune_scope))
+                       allocation=s.prune_allocation, lr_power=s.prune_lr_power, allow_extra_memory=s.allow_extra_memory,
+                       prunable=prune.prunable(model.named_parameters(), s.prune_scope))
     return options
 
 
@@ -174,7 +176,7 @@ def checkpoint_to_resume(s, data):
     saved = load_checkpoint(path)
     if 'progress' not in saved:
         raise Refused(f'{path} holds weights only, like a best.pt: not enough to resume from; restore the last.pt of this run')
-    before, problems = saved['settings'], []
+    before, problems = {**vars(Settings()), **saved['settings']}, []  # a setting that is newer than the run had its default's meaning
     for key, value in vars(s).items():
         if key not in FREE_ON_RESUME and before.get(key) != value:
             problems.append(f'{key}={value!r}: the run in {s.out_dir} has {key}={before.get(key)!r}; keep it, or start another run '
@@ -231,7 +233,8 @@ def table(s, machine, data, model, start_step):
         ('evaluation', f'{s.eval_tokens or data.val.tokens:,} of {data.val.tokens:,} tokens every {s.eval_interval} steps'),
         ('device', f'{machine.name}, {peak}'),
         ('numbers', f'{str(machine.dtype)[6:]} at work, float32 masters, moments and gradients'),
-        ('attention', f'{backend}' + (' (unfused, as allowed)' if backend == 'math' and machine.device.type == 'cuda' else '')),
+        ('attention', attention_plan(s) + backend
+                      + (' (unfused, as allowed)' if backend == 'math' and machine.device.type == 'cuda' else '')),
         ('compile', 'yes, proven after the first steps' if s.compile else 'no'),
         ('memory, predicted', f'{size(sum(memory.values()))}: ' + ', '.join(f'{part} {size(n)}' for part, n in memory.items() if n)),
         ('parameters', f'{model.parameter_count():,}, of them {prunable:,} prunable ({s.prune_scope})'
@@ -243,6 +246,18 @@ def table(s, machine, data, model, start_step):
     ]
     lines = ['preflight'] + [f'  {name:<18s} {text}' for name, text in rows]
     return '\n'.join(lines + [f'  {"note":<18s} {note}' for note in notes(s, machine, memory, epochs)])
+
+
+def attention_plan(s):
+    """What attention is besides multi-head, as text in front of the name of its kernels."""
+    parts = []
+    if s.attention == 'mla':
+        shared = [what for what, of_its_own in (('keys', s.per_head_q_latent), ('values', s.per_head_v_up)) if not of_its_own]
+        parts.append(f'latent, 2 x {s.latent_dim} wide' + (f', {" and ".join(shared)} the same in all heads' if shared else ''))
+    if s.ra_learned or s.ra_alpha:
+        reach = 'over all earlier tokens' if s.ra_window < 0 else f'{s.ra_window} tokens back'
+        parts.append(f'reciprocal {reach}, ' + ('learned from ' if s.ra_learned else 'times ') + f'{s.ra_alpha:g}')
+    return ''.join(f'{part}; ' for part in parts)
 
 
 def pruning_plan(s, prunable):
@@ -269,5 +284,9 @@ def notes(s, machine, memory, epochs):
         yield f'{epochs:.1f} epochs: beyond about 4, repeated text teaches little (arXiv 2305.16264)'
     if s.prune_score == 'bitter10':
         yield 'bitter10 keeps three more float32 numbers a prunable weight'
+    if s.ra_alpha != 0 and not s.ra_learned:
+        yield f'ra_alpha={s.ra_alpha:g} for good is an unstable choice; --ra_learned=True lets each head find its own'
+    if s.attention == 'mla' and s.latent_dim >= s.n_embd:
+        yield f'latent_dim={s.latent_dim}: the cache of sample.py is no smaller than that of attention=mha'
     if s.grad_clip == 0:
         yield 'grad_clip=0: one bad batch can end the run'

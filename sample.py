@@ -1,18 +1,28 @@
-"""Text from a trained run.
+"""Text from a trained run, or how well a run predicts a text.
 
     python sample.py out/quickstart --prompt="The Python interpreter" --max_new_tokens=200
+    python sample.py out/quickstart --prompts_file=prompts.txt --num_samples=2 --top_p=0.9
+    python sample.py out/quickstart --score=book.txt
+
+Texts go to stdout, a single one as it is made, several once all are done; speed and cache size go to stderr.
 """
+import codecs
+import math
 import os
+import sys
+import time
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
+from attention import new_cache
+from memory import size
 from model import GPT, model_config
 from preflight import find_machine
 from prune import masked, unpack_weights
 from rundir import load_checkpoint
-from settings import Refused, Settings, help_text, parse, run_command
+from settings import Refused, Settings, help_text, parse, run_command, unused
 from shards import get_tokenizer
 
 
@@ -20,11 +30,14 @@ from shards import get_tokenizer
 class SampleSettings:
     # --- text ----------------------------------------------------------------------------------------
     prompt: str = ''  # text to continue; empty: a new document
-    num_samples: int = 1  # texts
+    prompts_file: str = ''  # file with a prompt a line, all continued at once; an empty line: a new document
+    num_samples: int = 1  # texts a prompt
     max_new_tokens: int = 200  # tokens a text, fewer if it ends by itself
     temperature: float = 0.8  # the logits are divided by it; 0: always the likeliest token
     top_k: int = 200  # only the likeliest k tokens can be drawn; 0: all
-    seed: int = 1337  # of the drawing
+    top_p: float = 1.0  # only the likeliest tokens that make up this much probability (arXiv 1904.09751); 1: all
+    seed: int = 1337  # of the drawing; a text depends on it, its prompt and its number among the prompt's samples
+    score: str = ''  # file whose loss and perplexity are measured, in windows of block_size; no text is made
     # --- where ---------------------------------------------------------------------------------------
     checkpoint: Literal['best', 'last'] = 'best'  # weights with the best validation loss, or the latest
     device: str = 'auto'  # auto, cpu, cuda or cuda:N
@@ -37,7 +50,27 @@ def check(s, vocab_size):
     problems += [f'{key}={getattr(s, key)!r}: must not be negative' for key in ('temperature', 'top_k', 'seed') if getattr(s, key) < 0]
     if s.top_k > vocab_size:
         problems.append(f'top_k={s.top_k}: the vocabulary has {vocab_size} tokens; 0 draws from all of them')
+    if not 0 < s.top_p <= 1:
+        problems.append(f'top_p={s.top_p}: must be above 0 and at most 1')
+    if s.prompts_file:
+        problems += unused(s, 'prompt', 'no prompts_file')
+    if s.temperature == 0:
+        problems += unused(s, 'top_k top_p seed', 'a temperature above 0')
+    if s.score:
+        problems += unused(s, 'prompt prompts_file num_samples max_new_tokens temperature top_k top_p seed', 'no score')
     return problems
+
+
+def read_text(path, setting):
+    """The text of a file that a setting names; Refused if there is none."""
+    try:
+        with open(path, encoding='utf-8', newline='') as f:
+            text = f.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise Refused(f'{setting}={path!r} cannot be read: {getattr(error, "strerror", None) or error}') from None
+    if not text:
+        raise Refused(f'{setting}={path!r}: the file is empty')
+    return text
 
 
 def load_model(run_dir, checkpoint, machine):
@@ -50,36 +83,83 @@ def load_model(run_dir, checkpoint, machine):
     return model.eval(), saved['data']['tokenizer']
 
 
-def next_tokens(logits, temperature, top_k, generator):
-    """Draw from logits (B, vocab_size) on the CPU -> (B, 1) int64."""
+def draw(logits, temperature, top_k, top_p, generators):
+    """One token a row from logits (B, vocab_size) on the CPU, each row by its own generator -> list of B ints."""
     if temperature == 0:
-        return logits.argmax(-1, keepdim=True)
+        return logits.argmax(-1).tolist()
     logits = logits / temperature
     if 0 < top_k < logits.size(-1):
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
+    probabilities = logits.softmax(-1)
+    if top_p < 1:
+        ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
+        ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= top_p, 0)  # a token goes if those before it are enough
+        probabilities = torch.zeros_like(probabilities).scatter(-1, order, ordered)
+    return [torch.multinomial(row, 1, generator=generator).item() for row, generator in zip(probabilities, generators)]
 
 
 @torch.inference_mode()
-def generate(model, tokens, max_new_tokens, temperature, top_k, seed, end=None):
-    """Continue tokens (B, T) int64 by up to max_new_tokens; stops early once every row has drawn `end`.
+def generate(model, cache, prompts, seeds, max_new_tokens, temperature, top_k=0, top_p=1.0, end=None):
+    """Continue prompts, lists of at least one token: yields a list of each row's next token, None once it has drawn `end`.
 
-    The model sees the last block_size tokens. The same seed gives the same text on every device but for rounding.
+    cache: an empty one with a row a prompt. Row i draws with seeds[i] and is what it would be alone, but for rounding.
+    The model sees at most block_size tokens: the last so many of a longer prompt, and each time all positions are used
+    up, the last half of the text is read anew.
     """
-    generator = torch.Generator().manual_seed(seed)
-    device, ended = tokens.device, torch.zeros(tokens.size(0), dtype=torch.bool)
+    positions, device = cache.block_size, model.token_embedding.weight.device
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    texts, unread = [list(prompt) for prompt in prompts], [prompt[-positions:] for prompt in prompts]
     for _ in range(max_new_tokens):
-        logits = model.head(model.hidden(tokens[:, -model.config.block_size:])[:, -1])  # (B, vocab_size)
-        drawn = next_tokens(logits.float().cpu(), temperature, top_k, generator)
-        tokens = torch.cat([tokens, drawn.to(device)], dim=1)
-        ended |= drawn[:, 0] == end
-        if ended.all():
-            break
-    return tokens
+        counts = torch.tensor([len(tokens) for tokens in unread])
+        T = int(counts.max())
+        idx = torch.tensor([tokens + [0] * (T - len(tokens)) for tokens in unread], device=device)  # (B, T)
+        hidden = model.hidden(idx, cache, counts)  # (B, T, C)
+        newest = hidden[torch.arange(len(unread), device=device), (counts - 1).clamp(min=0).to(device)]  # (B, C)
+        drawn = draw(model.head(newest).float().cpu(), temperature, top_k, top_p, generators)
+        drawn = [token if tokens else None for token, tokens in zip(drawn, unread)]
+        yield drawn
+        for row, token in enumerate(drawn):
+            texts[row] += [] if token is None else [token]
+            unread[row] = [] if token in (None, end) else [token]
+            if unread[row] and cache.lengths[row] == positions:
+                cache.lengths[row], unread[row] = 0, texts[row][-max(1, positions // 2):]
+        if not any(unread):
+            return
+
+
+@torch.inference_mode()
+def score(model, tokens):
+    """Mean loss in nats of all tokens (a list) but the first, each given those before it in its window of block_size."""
+    T, device = model.config.block_size, model.token_embedding.weight.device
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for start in range(0, len(tokens) - 1, T):
+        window = tokens[start:start + T + 1]
+        filling = T + 1 - len(window)  # one shape for all windows, the last too
+        idx, targets = torch.tensor([window[:-1] + [0] * filling, window[1:] + [-1] * filling], device=device)[:, None]  # (1, T) each
+        total += model(idx, targets).double() * (len(window) - 1)
+    return total.item() / (len(tokens) - 1)
+
+
+def print_texts(tokenizer, prompts, steps, end):
+    """Print the texts that `steps`, lists of a token a row, make of prompts (strings); a single one as it comes."""
+    rows, decoder = [[] for _ in prompts], codecs.getincrementaldecoder('utf-8')('replace')  # holds back half a character
+    alone = len(prompts) == 1
+    print(prompts[0] if alone else '', end='', flush=True)
+    for drawn in steps:
+        for row, token in zip(rows, drawn):
+            row += [] if token is None else [token]
+        if alone and drawn[0] != end:
+            print(decoder.decode(tokenizer.decode_bytes(drawn)), end='', flush=True)
+    if alone:
+        print(decoder.decode(b'', final=True) + '\n---')
+    else:
+        for prompt, row in zip(prompts, rows):
+            print(prompt + tokenizer.decode(row[:-1] if row[-1] == end else row) + '\n---')
+    return sum(map(len, rows))
 
 
 def main(argv):
-    """Print samples; returns the exit code."""
+    """Print texts or a score; returns the exit code."""
     if '--help' in argv or not argv:
         print(help_text(SampleSettings, __doc__))
         return 0 if argv else 2
@@ -93,11 +173,23 @@ def main(argv):
     if problems := check(s, model.config.vocab_size):
         raise Refused(problems)
     tokenizer = get_tokenizer(name)
-    start = tokenizer.encode(s.prompt) or [tokenizer.eot]
-    tokens = torch.tensor([start] * s.num_samples, device=machine.device)  # (B, T)
-    for row in generate(model, tokens, s.max_new_tokens, s.temperature, s.top_k, s.seed, tokenizer.eot).tolist():
-        end = row.index(tokenizer.eot, len(start)) if tokenizer.eot in row[len(start):] else len(row)
-        print(tokenizer.decode(row[:end] if s.prompt else row[1:end]) + '\n---')
+    if s.score:
+        tokens = tokenizer.encode(read_text(s.score, 'score'))
+        if len(tokens) < 2:
+            raise Refused(f'score={s.score!r}: one token has nothing to be predicted from; use a longer text')
+        loss = score(model, tokens)
+        print(f'{s.score}: {len(tokens) - 1:,} tokens, loss {loss:.4f}, perplexity {math.exp(loss):.2f}')
+        return 0
+    lines = read_text(s.prompts_file, 'prompts_file').replace('\r\n', '\n').removesuffix('\n').split('\n') if s.prompts_file else [s.prompt]
+    prompts = [line for line in lines for _ in range(s.num_samples)]
+    seeds = [s.seed + 1_000_003 * number for _ in lines for number in range(s.num_samples)]
+    cache = new_cache(model.config, len(prompts), machine.device, machine.dtype)
+    start = time.monotonic()
+    count = print_texts(tokenizer, prompts, generate(
+        model, cache, [tokenizer.encode(prompt) or [tokenizer.eot] for prompt in prompts], seeds, s.max_new_tokens, s.temperature,
+        s.top_k, s.top_p, tokenizer.eot), tokenizer.eot)
+    print(f'{count} tokens, {count / (time.monotonic() - start):.1f} a second, in {len(prompts)} texts; cache {size(cache.bytes())}',
+          file=sys.stderr)
     return 0
 
 

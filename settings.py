@@ -47,6 +47,16 @@ class Settings:
     dropout: float = 0.0  # probability; 0 for pre-training (nanoGPT), 0.1 in the GPT-2 paper's code
     bias: bool = False  # in linear layers and LayerNorms; True is GPT-2, False is nanoGPT's default
     loss_chunk_tokens: int = 8192  # tokens whose logits exist at the same time: memory is this x vocabulary
+    # --- attention (formulas and sources: attention.py) ----------------------------------------------------
+    attention: Literal['mha', 'mla'] = 'mha'  # multi-head (GPT-2), or latent (DeepSeek-V2, arXiv 2405.04434)
+    latent_dim: int = 128  # mla: width of the two latents a token that keys and values are made of
+    per_head_q_latent: bool = True  # mla: each head has a matrix of its own from latent to key; False: all share one
+    per_head_v_up: bool = True  # mla: the same from latent to value
+    latent_norm: bool = True  # mla: RMSNorm of the latents; False is the reference's
+    latent_scale: bool = False  # mla: logits over sqrt(latent_dim), as in the reference; False: over sqrt(head width)
+    ra_alpha: float = 0.0  # weight of the reciprocal logits, of key and query with their parts exchanged; 0: none
+    ra_window: int = 64  # tokens back that they reach; 0: a token's own alone, -1: all
+    ra_learned: bool = False  # a learned weight a head, which starts at ra_alpha
     # --- optimizer (nanoGPT's GPT-2 values, after GPT-3, arXiv 2005.14165 appendix B) -----------------
     optimizer: Literal['adamw', 'adamwspam', 'adamwprune'] = 'adamw'  # adamwprune prunes by its own state
     learning_rate: float = 6e-4  # peak
@@ -235,7 +245,7 @@ def check(s):
             problems.append(f'{told}: {must}')
 
     for key in ('batch_size gradient_accumulation_steps block_size n_layer n_head n_embd loss_chunk_tokens '
-                'max_iters eval_interval log_interval save_interval diverge_steps').split():
+                'latent_dim max_iters eval_interval log_interval save_interval diverge_steps').split():
         require(getattr(s, key) >= 1, key, must='must be at least 1')
     for key in 'seed warmup_iters lr_decay_iters eval_tokens learning_rate min_lr weight_decay grad_clip'.split():
         require(getattr(s, key) >= 0, key, must='must not be negative')
@@ -254,30 +264,48 @@ def check(s):
     require(s.min_lr <= s.learning_rate, 'min_lr', 'learning_rate', must='min_lr must not be above learning_rate')
     require(s.eval_tokens == 0 or s.eval_tokens >= s.block_size, 'eval_tokens', 'block_size',
             must='must hold at least one sequence; 0 scores the whole split')
-    problems += check_optimizer(s)
+    problems += check_attention(s) + check_optimizer(s)
     require(s.out_dir, 'out_dir', must='must name a folder')
     require(s.dataset, 'dataset', must='must name a data set')
     return problems
 
 
+def unused(s, keys, condition):
+    """Problems of settings that were changed and would act on nothing; condition: with what they would."""
+    default = type(s)()
+    return [f'{key}={getattr(s, key)!r}: acts only with {condition}; leave it out'
+            for key in keys.split() if getattr(s, key) != getattr(default, key)]
+
+
+def check_attention(s):
+    """Problems of the latent and reciprocal settings."""
+    problems, reciprocal = [], s.ra_learned or s.ra_alpha != 0
+    if s.attention != 'mla':
+        problems += unused(s, 'latent_dim per_head_q_latent per_head_v_up latent_norm latent_scale', 'attention=mla')
+    if not reciprocal:
+        problems += unused(s, 'ra_window', 'ra_alpha or ra_learned')
+    if s.ra_window < -1:
+        problems.append(f'ra_window={s.ra_window}: must be at least 0, or -1 for all earlier tokens')
+    if reciprocal and s.dropout and 0 <= s.ra_window < s.block_size - 1:
+        problems.append(f'dropout={s.dropout} ra_window={s.ra_window}: the kernels of the window have no dropout; set --dropout=0 or '
+                        '--ra_window=-1')
+    return problems
+
+
 def check_optimizer(s):
     """Problems of the optimizer's and the pruning settings, among them settings that would act on nothing."""
-    problems, default = [], Settings()
+    problems = []
     spam = s.optimizer == 'adamwspam' or (s.optimizer == 'adamwprune' and s.adamwprune_base == 'adamwspam')
     pruning = s.prune_score != 'none'
 
-    def unused(keys, condition):
-        problems.extend(f'{key}={getattr(s, key)!r}: acts only with {condition}; leave it out'
-                        for key in keys.split() if getattr(s, key) != getattr(default, key))
-
     if s.optimizer != 'adamwprune':
-        unused('adamwprune_base', 'optimizer=adamwprune')
+        problems += unused(s, 'adamwprune_base', 'optimizer=adamwprune')
     if not spam:
-        unused('spam_mode spam_interval spam_warmup spam_theta spam_grace spam_step_twice spam_lr_sticks spam_decay_lost',
-               'optimizer=adamwspam or adamwprune_base=adamwspam')
+        problems += unused(s, 'spam_mode spam_interval spam_warmup spam_theta spam_grace spam_step_twice spam_lr_sticks spam_decay_lost',
+                           'optimizer=adamwspam or adamwprune_base=adamwspam')
     if not pruning:
-        unused('target_sparsity prune_scope prune_allocation prune_lr_power prune_schedule prune_start prune_end prune_interval '
-               'prune_regrow prune_srste prune_pattern allow_extra_memory', 'a prune_score')
+        problems += unused(s, 'target_sparsity prune_scope prune_allocation prune_lr_power prune_schedule prune_start prune_end '
+                           'prune_interval prune_regrow prune_srste prune_pattern allow_extra_memory', 'a prune_score')
         if s.optimizer == 'adamwprune':
             problems.append("optimizer='adamwprune' prune_score='none': it prunes by a score of its own state; set e.g. "
                             '--prune_score=bitter7')
@@ -285,17 +313,17 @@ def check_optimizer(s):
         problems.append(f'optimizer={s.optimizer!r} prune_score={s.prune_score!r}: scores other than magnitude and movement are of '
                         'the optimizer\'s own state; set --optimizer=adamwprune')
     if spam and s.spam_mode == 'stable':
-        unused('spam_theta', 'spam_mode=paper or reference')
+        problems += unused(s, 'spam_theta', 'spam_mode=paper or reference')
     if spam and s.spam_mode != 'paper':
-        unused('spam_grace', 'spam_mode=paper')
+        problems += unused(s, 'spam_grace', 'spam_mode=paper')
     if pruning and s.prune_score != 'bitter10':
-        unused('allow_extra_memory', 'prune_score=bitter10')
+        problems += unused(s, 'allow_extra_memory', 'prune_score=bitter10')
     if s.prune_score == 'bitter4':
-        unused('prune_allocation', 'a prune_score other than bitter4, which has shares for the layers of its own')
+        problems += unused(s, 'prune_allocation', 'a prune_score other than bitter4, which has shares for the layers of its own')
     if pruning and s.prune_pattern == '2:4':
-        unused('prune_schedule prune_allocation', 'prune_pattern=unstructured')
+        problems += unused(s, 'prune_schedule prune_allocation', 'prune_pattern=unstructured')
         if not s.prune_regrow:
-            unused('prune_interval', 'prune_regrow=True or prune_pattern=unstructured')
+            problems += unused(s, 'prune_interval', 'prune_regrow=True or prune_pattern=unstructured')
     if pruning and not 0 <= s.prune_start < s.prune_end <= s.max_iters:
         problems.append(f'prune_start={s.prune_start} prune_end={s.prune_end} max_iters={s.max_iters}: the ramp must start before it '
                         f'ends and end within the run, e.g. --prune_start={s.max_iters * 3 // 10} --prune_end={s.max_iters * 19 // 20}')

@@ -307,10 +307,14 @@ class Tokenizer:
     def encode(self, text):
         return self.encode_array(text).tolist()
 
-    def decode(self, tokens):
+    def decode_bytes(self, tokens):
+        """UTF-8; a character may be split between tokens."""
         if self.encoding is not None:
-            return self.encoding.decode(list(tokens))
-        return b''.join(EOT_TEXT.encode() if t == self.eot else bytes([t]) for t in tokens).decode(errors='replace')
+            return self.encoding.decode_bytes(list(tokens))
+        return b''.join(EOT_TEXT.encode() if t == self.eot else bytes([t]) for t in tokens)
+
+    def decode(self, tokens):
+        return self.decode_bytes(tokens).decode(errors='replace')
 
 
 def get_tokenizer(name):

@@ -8,8 +8,9 @@ from functorch.compile import min_cut_rematerialization_partition
 from torch._dynamo.backends.common import aot_autograd
 from torch.nn import functional as F
 
+from attention import attention_backend
 from loss import chunked_loss
-from model import GPT, GPTConfig, attention_backend, gelu
+from model import GPT, GPTConfig, gelu
 
 SMALL = dict(vocab_size=131, block_size=32, n_layer=2, n_head=4, n_embd=32, loss_chunk_tokens=24)
 

@@ -9,6 +9,7 @@ from conftest import refusal, train
 
 import report
 import sample
+from attention import new_cache
 from model import GPT, GPTConfig
 
 
@@ -38,7 +39,8 @@ def model_of(vocab_size=257, block_size=32):
 
 
 def generated(model, prompt, count, temperature=0.8, top_k=0, seed=1, end=None):
-    return sample.generate(model, torch.tensor([prompt]), count, temperature, top_k, seed, end)[0].tolist()
+    steps = sample.generate(model, new_cache(model.config, 1, 'cpu', torch.float32), [prompt], [seed], count, temperature, top_k, end=end)
+    return prompt + [token for token, in steps]
 
 
 def test_same_seed_same_text(trained, capsys):
@@ -64,10 +66,11 @@ def test_last_and_best_checkpoint_can_be_chosen(trained, capsys):
 
 
 def test_temperature_zero_and_top_k_one_take_the_likeliest_token():
-    model, tokens = model_of(), [5]
+    model, tokens, seen = model_of(), [5], [5]
     for _ in range(50):
         with torch.no_grad():
-            tokens.append(model(torch.tensor([tokens[-32:]]))[0, -1].argmax().item())
+            tokens.append(model(torch.tensor([seen]))[0, -1].argmax().item())
+        seen = (seen if len(seen) < 32 else tokens[-16:-1]) + tokens[-1:]  # all positions used up: the last half, read anew
     assert len(set(tokens[32:])) > 5
     assert generated(model, [5], 50, temperature=0) == tokens
     assert generated(model, [5], 50, temperature=3.0, top_k=1) == tokens

@@ -1,0 +1,365 @@
+"""Attention: multi-head (MHA), latent (MLA), either with a reciprocal term (RA), and the cache they decode from.
+
+Shapes: B batch, T new tokens, C width (n_embd), H heads, D head width (C / H), L latent width, S tokens in all, W window.
+The logits of token i for token j <= i are S_ij = q_i . k_j times the scale; RA makes them S_ij + alpha 1[i - j <= W] S_ji.
+"""
+import importlib.util
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
+
+
+class Linear(nn.Linear):
+    """nn.Linear whose bias may be float32 beside a bfloat16 weight."""
+
+    def forward(self, x):
+        return F.linear(x, self.weight, None if self.bias is None else self.bias.to(x.dtype))
+
+
+class RMSNorm(nn.Module):
+    """x / root mean square, times a gain (arXiv 1910.07467), computed in the gain's (float32) precision."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x):
+        return F.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, 1e-5).to(x.dtype)
+
+
+# --- attention of a whole text: training, evaluation -------------------------------------------------
+
+
+def attend(q, k, v, alpha=None, window=-1, scale=None, dropout=0.0):
+    """Causal attention of q, k, v (B, H, T, D) -> (B, H, T, D).
+
+    alpha: weight of the reciprocal term, a number or a tensor (H,); None: none. window: how far back it reaches, 0: to the
+    token itself, -1: to the first. scale: of the logits, None: 1/sqrt(D). With a window that cuts, dropout must be 0.
+    """
+    if alpha is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, scale=scale)
+    T, D = q.shape[-2:]
+    scale = scale or D ** -0.5
+    if window < 0 or window >= T - 1:
+        # Fused kernels want one width for all three: v is filled up with zeros.
+        y = F.scaled_dot_product_attention(*widened(q, k, alpha), F.pad(v, (0, D)), is_causal=True, dropout_p=dropout, scale=scale)
+        return y[..., :D]
+    if dropout:
+        raise ValueError(f'dropout={dropout} window={window}: the kernels of the window have no dropout')
+    return (banded if flex_runs(q.device.type, q.dtype, D) else dense_reciprocal)(q, k, v, alpha, window, scale)
+
+
+def per_head(alpha):
+    """alpha, a number or (H,), as a factor of (B, H, T, anything)."""
+    return alpha[:, None, None] if torch.is_tensor(alpha) else alpha
+
+
+def widened(q, k, alpha):
+    """(q', k'), each (B, H, T, 2D), with q'_i . k'_j = q_i . k_j + alpha q_j . k_i."""
+    wide_k = torch.cat([k, q], -1)
+    k = wide_k[..., :k.size(-1)]  # the same numbers; so the backward need not keep k
+    return torch.cat([q, (per_head(alpha) * k).to(q.dtype)], -1), wide_k
+
+
+def dense_reciprocal(q, k, v, alpha, window, scale):
+    """Reciprocal attention by its formula, with all (B, H, T, T) logits: the CPU's, and what the fused one is tested against."""
+    T, exact = q.size(-2), torch.promote_types(q.dtype, torch.float32)
+    token = torch.arange(T, device=q.device)
+    back = token[:, None] - token  # (T, T): i - j
+    logits = q.to(exact) @ k.to(exact).mT * scale  # (B, H, T, T)
+    logits = logits + torch.where((back >= 0) & (back <= window), per_head(alpha) * logits.mT, 0)
+    return logits.masked_fill(back < 0, -math.inf).softmax(-1).to(v.dtype) @ v
+
+
+def flex_runs(device_type, dtype, head_width):
+    """True if FlexAttention's kernels can do it: Triton on a GPU, products of at least 16 elements, no float64."""
+    return device_type == 'cuda' and HAS_TRITON and head_width >= 16 and dtype != torch.float64
+
+
+def banded(q, k, v, alpha, window, scale):
+    """Reciprocal attention with a window by FlexAttention: the band i - j <= W in double width, the rest plain.
+
+    At T = 1024, W = 64 the band touches 15 of the 36 causal 128 x 128 blocks, at 3/2 of their cost: + 62% of plain attention.
+    """
+    D = q.size(-1)
+    band_mask, rest_mask = block_masks(q.size(-2), window, q.device)
+    wide_q, wide_k = widened(q, k, alpha)
+    q, k, v = wide_q[..., :D], wide_k[..., :D], v.contiguous()  # the same numbers; so the backward need not keep q, k, v's own memory
+    # Inside a compiled model it is compiled with the model, else on its own; never left unfused on a GPU.
+    flex = flex_attention if torch.compiler.is_compiling() or not q.is_cuda else compiled_flex
+    band, of_band = flex(wide_q, wide_k, v, block_mask=band_mask, scale=scale, return_aux=AuxRequest(lse=True))
+    rest, of_rest = flex(q, k, v, block_mask=rest_mask, scale=scale, return_aux=AuxRequest(lse=True))
+    return merge(band, of_band.lse, rest, of_rest.lse)
+
+
+def merge(band, band_lse, rest, rest_lse):
+    """Attention over two sets of keys from the attention over each (B, H, T, D) and its log-sum-exp (B, H, T).
+
+    The softmax over both gives the rest e^rest_lse / (e^rest_lse + e^band_lse). Where it is empty, rest_lse = -inf, the
+    sigmoid and its derivative are exactly 0; the band is never empty, for it holds the diagonal.
+    """
+    share = torch.sigmoid(rest_lse - band_lse)[..., None]
+    return (band + share * (rest.to(share.dtype) - band)).to(band.dtype)
+
+
+MASKS = {}  # (T, window, device) -> (band, rest)
+
+
+def block_masks(T, window, device):
+    """FlexAttention's masks of the band i - j <= window and of the rest of the causal triangle, built once.
+
+    A compiled function must find them here already (GPT.compile_parts sees to it), or it builds them in each call.
+    """
+    if (T, window, device) in MASKS:
+        return MASKS[T, window, device]
+
+    def band(b, h, i, j):
+        return (i >= j) & (i - j <= window)
+
+    def rest(b, h, i, j):
+        return i - j > window
+
+    masks = tuple(create_block_mask(mask, None, None, T, T, device=device) for mask in (band, rest))
+    if not torch.compiler.is_compiling():
+        MASKS[T, window, device] = masks
+    return masks
+
+
+HAS_TRITON = importlib.util.find_spec('triton') is not None
+compiled_flex = torch.compile(flex_attention, fullgraph=True, dynamic=False)  # fullgraph: rather an error than unfused
+
+
+def is_reciprocal(config):
+    return config.ra_learned or config.ra_alpha != 0
+
+
+def attention_backend(config, batch_size, device, dtype):
+    """Name of the kernel family that runs this model's attention here: 'flash', 'cudnn', 'flex' ..., or 'math', unfused.
+
+    Asks PyTorch's own dispatcher with tensors of the real shapes, so it is what runs, not what was hoped for.
+    """
+    D, reciprocal = config.n_embd // config.n_head, is_reciprocal(config)
+    if reciprocal and 0 <= config.ra_window < config.block_size - 1:
+        runs = flex_runs(torch.device(device).type, dtype, D) and not torch._dynamo.config.disable
+        return 'flex' if runs else 'math'
+    shape = (batch_size, config.block_size, 3, config.n_head, 2 * D if reciprocal else D)
+    qkv = torch.empty(shape, device=device, dtype=dtype, requires_grad=True)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    choice = torch._fused_sdp_choice(q, k, v, None, config.dropout, True)
+    names = {0: 'math', 1: 'flash', 2: 'memory-efficient', 3: 'cudnn', 4: 'overrideable'}  # torch.nn.attention.SDPBackend
+    return names.get(int(choice), f'unknown ({choice})')
+
+
+# --- the modules -------------------------------------------------------------------------------------
+
+
+class Attention(nn.Module):
+    """Multi-head attention. With `layer`, a dict of Cache.layers, and `step` it reads and extends the cache."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.n_head, self.dropout, self.window, self.scale = config.n_head, config.dropout, config.ra_window, None
+        self.build(config)
+        self.proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
+        if config.ra_learned:
+            self.alpha = nn.Parameter(torch.full((config.n_head,), config.ra_alpha))
+        else:
+            self.alpha = config.ra_alpha or None
+
+    def build(self, config):
+        self.qkv = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+
+    def project(self, x):
+        """x (B, T, C) -> queries (B, H, T, D), and keys and values as the cache holds them."""
+        B, T, C = x.shape
+        return self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+
+    def keys(self, k):
+        """Keys as the cache holds them -> (B, H, T, D)."""
+        return k
+
+    def values(self, v):
+        """Values as the cache holds them -> (B, H, T, D)."""
+        return v
+
+    def absorb(self, q):
+        """Queries (B, H, T, D) -> those that the cached keys are multiplied with."""
+        return q
+
+    def release(self, y):
+        """A mean of cached values -> (B, H, T, D)."""
+        return y
+
+    def forward(self, x, layer=None, step=None):  # (B, T, C)
+        q, k, v = self.project(x)
+        if layer is None:
+            y = attend(q, self.keys(k), self.values(v), self.alpha, self.window, self.scale, self.dropout if self.training else 0.0)
+        else:
+            y = self.decode(q, k, v, layer, step)
+        y = self.proj(y.transpose(1, 2).reshape(x.shape))
+        return F.dropout(y, self.dropout, self.training)
+
+    def decode(self, q, k, v, layer, step):
+        """Attention of new queries (B, H, T, D) to all that the cache then holds -> (B, H, T, D)."""
+        layer['keys'][step.row, :, step.slot] = k[step.row, :, step.column]
+        layer['values'][step.row, :, step.slot] = v[step.row, :, step.column]
+        if step.causal:
+            return attend(q, self.keys(k), self.values(v), scale=self.scale)
+        mask, scale = step.allowed, self.scale or q.size(-1) ** -0.5
+        if self.alpha is not None:
+            mask = self.reciprocal_logits(q, self.keys(k), layer, step, scale).masked_fill(~step.allowed, -math.inf)
+            layer['queries'][step.ring.row, :, step.ring.slot] = q[step.ring.row, :, step.ring.column]
+        keys, values = layer['keys'][:, :, :step.end], layer['values'][:, :, :step.end]
+        B, H, T, _ = q.shape
+        held = keys.size(1)  # heads; 1 of MLA's latents, whose heads are more queries of it
+        if mask is not None:
+            mask = mask.expand(B, H, T, step.end).reshape(B, held, -1, step.end)
+        y = F.scaled_dot_product_attention(self.absorb(q).reshape(B, held, -1, keys.size(-1)), keys, values, mask, scale=scale)
+        return self.release(y.reshape(B, H, T, -1))
+
+    def reciprocal_logits(self, q, k, layer, step, scale):
+        """alpha S_ji of the new tokens i (q, k: (B, H, T, D)) and all tokens j: (B, H, T, end), 0 outside the window."""
+        logits = k @ torch.cat([layer['queries'], q], 2).mT * scale  # (B, H, T, ring + T): of the queries that are known
+        source = step.ring.source[:, None, None].expand(*q.shape[:3], -1)
+        return torch.where(step.ring.band, per_head(self.alpha) * logits.gather(-1, source), 0).to(q.dtype)
+
+
+class LatentAttention(Attention):
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1, without its rotary part).
+
+    All heads share c^K = norm(x W_dk) and c^V = norm(x W_dv), each (T, L). Head h has keys K_h = c^K A_h^T and values
+    V_h = c^V U_h, with A_h (D, L), U_h (L, D). A whole text expands them and is attended to as ever; decoding
+    turns that round, (q_h A_h) . c^K and then U_h, so that the cache need hold c^K and c^V alone.
+    """
+
+    def build(self, config):
+        C, L, D = config.n_embd, config.latent_dim, config.n_embd // config.n_head
+        self.latent_dim = L
+        self.down = Linear(C, C + 2 * L, bias=config.bias)  # W_q, W_dk, W_dv in one product
+        self.key_up = Linear(L, C if config.per_head_q_latent else D, bias=False)  # A
+        self.value_up = Linear(L, C if config.per_head_v_up else D, bias=False)  # U
+        self.key_norm = RMSNorm(L) if config.latent_norm else nn.Identity()
+        self.value_norm = RMSNorm(L) if config.latent_norm else nn.Identity()
+        if config.latent_scale:
+            self.scale = L ** -0.5
+
+    def project(self, x):
+        """x (B, T, C) -> queries (B, H, T, D), c^K and c^V (B, 1, T, L)."""
+        B, T, C = x.shape
+        q, k, v = self.down(x).split([C, self.latent_dim, self.latent_dim], -1)
+        return q.view(B, T, self.n_head, -1).transpose(1, 2), self.key_norm(k)[:, None], self.value_norm(v)[:, None]
+
+    def expand(self, latent, up):
+        """c (B, 1, T, L) -> (B, H, T, D) by `up`; one shared by the heads gives each the same."""
+        B, _, T, _ = latent.shape
+        x = up(latent[:, 0]).view(B, T, -1, self.proj.in_features // self.n_head)  # (B, T, H, D), or (B, T, 1, D)
+        if x.size(2) < self.n_head:
+            x = x.repeat(1, 1, self.n_head, 1)  # not expanded: not every fused kernel takes a stride of 0
+        return x.transpose(1, 2)
+
+    def keys(self, k):
+        return self.expand(k, self.key_up)
+
+    def values(self, v):
+        return self.expand(v, self.value_up)
+
+    def absorb(self, q):
+        return q @ self.key_up.weight.view(-1, q.size(-1), self.latent_dim)  # (B, H, T, D) x (H or 1, D, L) -> (B, H, T, L)
+
+    def release(self, y):
+        D = self.proj.in_features // self.n_head
+        return y @ self.value_up.weight.view(-1, D, self.latent_dim).mT  # (B, H, T, L) x (H or 1, L, D) -> (B, H, T, D)
+
+
+def up_std(config):
+    """Standard deviation of A and U at the start, which gives keys and values the spread that GPT-2's have.
+
+    There the input of a block is normalised, so that a key has the variance 0.02^2 C. Here a key has that of L latents
+    times std^2: latents have the variance 1 after a norm, and without it the 0.02^2 C of a projection. (latent_scale,
+    the reference's, makes the logits smaller by sqrt(D / L), as it did there.)
+    """
+    return 0.02 * math.sqrt(config.n_embd / config.latent_dim) if config.latent_norm else config.latent_dim ** -0.5
+
+
+# --- the cache ---------------------------------------------------------------------------------------
+
+
+class Ring(NamedTuple):
+    """What RA needs of a step. Slot p % W of the ring holds the query of position p, of the last W positions."""
+    band: Any  # (B, 1, T, end) bool: 0 <= i - j <= W
+    source: Any  # (B, end) int64: where the query of position j is among [ring, new]
+    row: Any  # (M,) row, place among the new and slot in the ring, of the new queries that stay
+    column: Any
+    slot: Any
+
+
+class Step(NamedTuple):
+    """Where T new tokens of each row belong, the same for all layers. All on the device."""
+    positions: Any  # (B, T) int64
+    row: Any  # (M,) row, place among the new and place in the cache, of the tokens that are no filling
+    column: Any
+    slot: Any
+    end: int  # places of the cache in use, by the longest row
+    allowed: Any  # (B, 1, T, end) bool: token i may see token j; None: all, or those up to it (causal)
+    causal: bool  # nothing was read before, and no RA
+    ring: Ring | None
+
+
+@dataclass
+class Cache:
+    """What B texts have read so far, room for block_size tokens each. No gradients flow through it.
+
+    layers: a dict a layer: keys, values (B, H, block_size, D), of MLA the latents (B, 1, block_size, L); with RA also
+    queries (B, H, W, D). lengths: (B,) int64 on the CPU, tokens read of each text; setting one to 0 forgets that text.
+    """
+    lengths: torch.Tensor
+    layers: list
+    block_size: int
+    window: int  # of RA in tokens; -1: no RA
+
+    def bytes(self):
+        return sum(tensor.nbytes for layer in self.layers for tensor in layer.values())
+
+    def plan(self, T, counts, device):
+        """The Step of T new tokens a row, of which counts (B,) are real and the rest filling at the end."""
+        counts = torch.full_like(self.lengths, T) if counts is None else counts
+        after = self.lengths + counts
+        if after.max() > self.block_size:
+            raise ValueError(f'{int(after.max())} tokens do not fit in block_size={self.block_size}')
+        place, end = torch.arange(T), int(after.max())
+        positions = self.lengths[:, None] + place  # (B, T)
+        row, column = (place < counts[:, None]).nonzero(as_tuple=True)  # (M,) each
+        earlier = positions[:, None, :, None] - torch.arange(end)  # (B, 1, T, end): i - j
+        allowed, causal, ring = earlier >= 0, False, None
+        if self.window >= 0:
+            ring = self.plan_ring(earlier, positions, after, row, column, device)
+        elif T == end and not self.lengths.any():
+            allowed, causal = None, T > 1
+        elif allowed.all():
+            allowed = None
+        return Step(positions.clamp(max=self.block_size - 1).to(device), row.to(device), column.to(device),
+                    positions[row, column].to(device), end, None if allowed is None else allowed.to(device), causal, ring)
+
+    def plan_ring(self, earlier, positions, after, row, column, device):
+        key, W = torch.arange(earlier.size(-1)), self.window
+        new = key - self.lengths[:, None]  # (B, end): place among the new tokens, negative if it is not one of them
+        source = torch.where(new >= 0, W + new, key % max(W, 1)).clamp(max=W + positions.size(1) - 1)
+        kept = positions[row, column] >= after[row] - W
+        row, column = row[kept], column[kept]
+        parts = (earlier >= 0) & (earlier <= W), source, row, column, positions[row, column] % max(W, 1)
+        return Ring(*(part.to(device) for part in parts))
+
+
+def new_cache(config, rows, device, dtype):
+    """An empty Cache for `rows` texts: 2 C numbers a token and layer, of MLA 2 L; with RA also W C a layer and text."""
+    S, H, D = config.block_size, config.n_head, config.n_embd // config.n_head
+    held = (rows, 1, S, config.latent_dim) if config.attention == 'mla' else (rows, H, S, D)
+    window = -1 if not is_reciprocal(config) else min(config.ra_window, S) if config.ra_window >= 0 else S
+    shapes = {'keys': held, 'values': held, **({'queries': (rows, H, window, D)} if window >= 0 else {})}
+    layers = [{name: torch.zeros(shape, device=device, dtype=dtype) for name, shape in shapes.items()} for _ in range(config.n_layer)]
+    return Cache(torch.zeros(rows, dtype=torch.int64), layers, S, window)

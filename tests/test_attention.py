@@ -1,0 +1,455 @@
+"""attention.py against float64 oracles written from the formulas, and the cache against reading the whole text."""
+import itertools
+import math
+import time
+
+import pytest
+import torch
+from conftest import assert_same_run, last, refusal, train
+
+import attention
+import preflight
+import prune
+from attention import attend, banded, dense_reciprocal, merge, new_cache
+from model import GPT, GPTConfig
+from preflight import model_config
+from rundir import save_checkpoint
+from settings import Settings, check, parse
+from shards import open_data
+
+SMALL = dict(vocab_size=131, block_size=48, n_layer=2, n_head=4, n_embd=32)
+MLA = dict(attention='mla', latent_dim=12)
+RA = dict(ra_learned=True, ra_alpha=0.7, ra_window=5)
+VARIANTS = {
+    'mha': {},
+    'mha, ra': RA,
+    'mha, ra fixed, diagonal': dict(ra_alpha=-0.6, ra_window=0),
+    'mha, ra everywhere': dict(RA, ra_window=-1),
+    'mla': MLA,
+    'mla, biases': dict(MLA, bias=True),
+    'mla, shared, bare': dict(MLA, per_head_q_latent=False, per_head_v_up=False, latent_norm=False, latent_scale=True),
+    'mla, ra': {**MLA, **RA},
+    'mla, ra everywhere, keys shared': {**MLA, **RA, 'ra_window': -1, 'per_head_q_latent': False},
+    'mla, ra, reference scale': {**MLA, **RA, 'latent_scale': True, 'ra_window': 60},
+}
+variants = pytest.mark.parametrize('told', VARIANTS.values(), ids=VARIANTS)
+
+
+def lively(**told):
+    """A model whose tokens all matter to each other, without dropout."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**{**SMALL, **told})).eval()
+    with torch.no_grad():
+        for name, p in model.blocks.named_parameters():
+            p.mul_(6 if p.dim() == 2 and 'mlp' not in name else 1).add_(0.1 * torch.randn_like(p))
+    return model
+
+
+def text(model, rows=3, T=None, seed=1):
+    return torch.randint(model.config.vocab_size, (rows, T or model.config.block_size), generator=torch.Generator().manual_seed(seed))
+
+
+# --- the formulas ------------------------------------------------------------------------------------
+
+
+def oracle(q, k, v, alpha, window, scale):
+    """S_ij + alpha 1[i - j <= W] S_ji, token by token, as it is written; q, k, v (B, H, T, D) float64, alpha (H,)."""
+    rows = []
+    for i in range(q.size(2)):
+        logits = []
+        for j in range(i + 1):
+            s = (q[:, :, i] * k[:, :, j]).sum(-1)
+            if window < 0 or i - j <= window:
+                s = s + alpha * (q[:, :, j] * k[:, :, i]).sum(-1)
+            logits.append(s * scale)
+        rows.append(torch.einsum('jbh,bhjd->bhd', torch.stack(logits).softmax(0), v[:, :, :i + 1]))
+    return torch.stack(rows, 2)
+
+
+def qkv(T, D=8, H=3, seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    return [torch.randn(2, H, T, D, dtype=torch.float64, generator=draw).requires_grad_() for _ in range(3)]
+
+
+@pytest.mark.parametrize('T, window', [(1, 0), (1, -1), (24, 0), (24, 1), (24, 7), (24, 22), (24, 23), (24, 24), (24, -1), (80, 64)])
+def test_reciprocal_attention_and_its_gradients_are_the_formula(T, window):
+    inputs = [*qkv(T), torch.tensor([0.5, -1.0, 0.0], dtype=torch.float64, requires_grad=True)]
+    expected = oracle(*inputs, window, 0.3)
+    upstream = torch.randn(expected.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
+    gradients = torch.autograd.grad(expected, inputs, upstream)
+    forms = [attend(*inputs, window, 0.3)] + ([dense_reciprocal(*inputs, window, 0.3)] if window >= 0 else [])
+    for ours in forms:
+        torch.testing.assert_close(ours, expected, atol=1e-12, rtol=1e-12)
+        for mine, theirs in zip(torch.autograd.grad(ours, inputs, upstream), gradients):
+            torch.testing.assert_close(mine, theirs, atol=1e-11, rtol=1e-11)
+    assert T == 1 or gradients[3].abs().min() > 0  # alpha learns, in the head where it is 0 too
+
+
+@pytest.mark.parametrize('told', [dict(ra_learned=True, ra_alpha=0.5), dict(MLA, ra_learned=True), dict(MLA, ra_alpha=0.5)])
+@pytest.mark.parametrize('window', [0, 1, 64, 70])
+def test_model_with_reciprocal_attention_is_the_formula(told, window, monkeypatch):
+    model = lively(**told, ra_window=window, block_size=70).double()
+    idx = text(model, rows=1)
+    upstream = torch.randn(1, 70, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
+
+    def result():
+        model.zero_grad()
+        out = model.hidden(idx)
+        out.backward(upstream)
+        return [out.detach(), *(p.grad.clone() for p in model.parameters())]
+
+    ours = result()
+    monkeypatch.setattr(attention, 'attend', lambda q, k, v, alpha, window, scale, dropout: oracle(q, k, v, alpha, window, 8 ** -0.5))
+    for mine, theirs in zip(ours, result()):
+        torch.testing.assert_close(mine, theirs, atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize('told', [{}, MLA], ids=['mha', 'mla'])
+def test_alpha_of_zero_is_no_reciprocal_attention_to_the_bit(told):
+    plain, off, learned = (lively(**told, **ra) for ra in ({}, dict(ra_alpha=0.0, ra_window=5), dict(ra_learned=True)))
+    learned.load_state_dict({**plain.state_dict(), **{n: p * 0 for n, p in learned.state_dict().items() if n.endswith('alpha')}})
+    idx = text(plain)
+    assert plain.state_dict().keys() == off.state_dict().keys()
+    assert torch.equal(plain(idx), off(idx))
+    torch.testing.assert_close(learned(idx), plain(idx), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize('window', [5, -1])
+def test_fixed_alpha_is_a_learned_one_of_that_value(window):
+    fixed, learned = lively(ra_alpha=-0.6, ra_window=window), lively(ra_learned=True, ra_window=window)
+    learned.load_state_dict({**fixed.state_dict(), **{f'blocks.{n}.attention.alpha': torch.full((4,), -0.6) for n in range(2)}})
+    torch.testing.assert_close(fixed(text(fixed)), learned(text(fixed)), atol=1e-6, rtol=1e-6)
+
+
+def test_learned_alpha_starts_at_ra_alpha_and_learns():
+    model = GPT(GPTConfig(**SMALL, ra_learned=True))
+    assert all(torch.equal(block.attention.alpha, torch.zeros(4)) for block in model.blocks)
+    assert torch.equal(GPT(GPTConfig(**SMALL, ra_learned=True, ra_alpha=0.25)).blocks[1].attention.alpha, torch.full((4,), 0.25))
+    idx = text(model)
+    model(idx[:, :-1], idx[:, 1:]).backward()
+    assert all((block.attention.alpha.grad != 0).all() for block in model.blocks)
+
+
+def test_latent_attention_as_wide_as_the_model_is_multi_head_attention():
+    C = 32
+    mha, mla = lively().double(), lively(attention='mla', latent_dim=C, latent_norm=False).double()
+    state = dict(mha.state_dict())
+    for n in range(2):
+        name = f'blocks.{n}.attention.'
+        state[name + 'down.weight'] = state.pop(name + 'qkv.weight')  # W_q, W_k, W_v
+        state[name + 'key_up.weight'] = state[name + 'value_up.weight'] = torch.eye(C, dtype=torch.float64)
+    mla.load_state_dict(state)
+    torch.testing.assert_close(mla(text(mha)), mha(text(mha)), atol=1e-13, rtol=1e-13)
+
+
+@pytest.mark.parametrize('per_head_q, per_head_v, latent_scale', list(itertools.product([True, False], repeat=3)))
+def test_latent_attention_is_its_formula(per_head_q, per_head_v, latent_scale):
+    """Head by head: softmax((q_h A_h) . c^K / sqrt(D)) (c^V U_h), the latents normalised; latent_scale: / sqrt(L)."""
+    model = lively(**MLA, per_head_q_latent=per_head_q, per_head_v_up=per_head_v, latent_scale=latent_scale).double()
+    part, H, D, L = model.blocks[0].attention, 4, 8, 12
+    x = torch.randn(2, 10, 32, dtype=torch.float64)
+    w_q, w_dk, w_dv = part.down.weight.split([32, L, L])
+    keys, values = (c * (c.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * norm.weight
+                    for c, norm in ((x @ w_dk.t(), part.key_norm), (x @ w_dv.t(), part.value_norm)))
+    heads = []
+    for h in range(H):
+        own = slice(h * D, h * D + D)
+        A, U = part.key_up.weight[own if per_head_q else slice(D)], part.value_up.weight[own if per_head_v else slice(D)].t()
+        logits = (x @ w_q[own].t() @ A) @ keys.mT / math.sqrt(L if latent_scale else D)
+        heads.append(logits.masked_fill(torch.ones(10, 10).triu(1).bool(), -math.inf).softmax(-1) @ values @ U)
+    torch.testing.assert_close(part(x), torch.cat(heads, -1) @ part.proj.weight.t(), atol=1e-12, rtol=1e-12)
+
+
+@variants
+def test_the_future_does_not_leak(told):
+    model = lively(**told).double()
+    idx = text(model)
+    before, changed = model(idx), idx.clone()
+    for t in (47, 20, 1):  # each change holds the one before
+        changed[:, t:] = (idx[:, t:] + 1) % model.config.vocab_size
+        after = model(changed)
+        assert torch.equal(before[:, :t], after[:, :t]) and (before[:, t:] != after[:, t:]).any(-1).all()
+
+
+@pytest.mark.parametrize('told', [dict(latent_dim=128), dict(latent_dim=32), dict(latent_dim=128, latent_norm=False),
+                                  dict(latent_dim=64, per_head_q_latent=False, per_head_v_up=False)])
+def test_logits_and_values_start_with_the_spread_of_gpt2(told):
+    def spreads(**told):
+        torch.manual_seed(0)
+        model = GPT(GPTConfig(vocab_size=500, block_size=64, n_layer=2, n_head=6, n_embd=384, **told))
+        seen, spread = [], []
+        for block in model.blocks:
+            block.attention.register_forward_pre_hook(lambda module, arguments: seen.append((module, arguments[0])))
+        model.hidden(text(model, rows=4))
+        for part, x in seen:
+            q, k, v = part.project(x)
+            k, v = part.keys(k), part.values(v)
+            spread += [(q @ k.mT / math.sqrt(64)).std().item(), v.std().item()]
+        return spread
+
+    for ours, theirs in zip(spreads(attention='mla', **told), spreads()):
+        assert abs(ours / theirs - 1) < 0.2
+
+
+# --- the pieces of the fused form --------------------------------------------------------------------
+
+
+def parts(q, k, v, alpha, window, scale):
+    """Band and rest by dense attention, each with its log-sum-exp: what the fused kernels return."""
+    back = torch.arange(q.size(2))[:, None] - torch.arange(q.size(2))
+    plain = q @ k.mT * scale
+    logits = plain + alpha[:, None, None] * plain.mT
+    result = []
+    for scores, allowed in ((logits, (back >= 0) & (back <= window)), (plain, back > window)):
+        scores = scores.masked_fill(~allowed, -math.inf)
+        shares = torch.where(allowed.any(-1, keepdim=True), scores, 0).softmax(-1).masked_fill(~allowed, 0)  # no NaN where empty
+        result += [shares @ v, scores.logsumexp(-1)]
+    return result
+
+
+@pytest.mark.parametrize('window', [0, 3, 22])
+def test_merging_two_parts_is_attention_over_both(window):
+    inputs = [*qkv(24), torch.tensor([0.5, -1.0, 0.0], dtype=torch.float64, requires_grad=True)]
+    expected, pieces = oracle(*inputs, window, 0.3), parts(*inputs, window, 0.3)
+    assert (pieces[3] == -math.inf).sum() == 2 * 3 * (window + 1)
+    ours = merge(*pieces)
+    torch.testing.assert_close(ours, expected, atol=1e-12, rtol=1e-12)
+    # The fused kernels' backward takes the gradient of the log-sum-exp as it comes: it must be finite where that is -inf.
+    leaves = [piece.detach().requires_grad_() for piece in pieces]
+    for gradient in torch.autograd.grad(merge(*leaves).sum(), leaves):
+        assert gradient.isfinite().all()
+    upstream = torch.randn(expected.shape, dtype=torch.float64)
+    kept = (pieces[3].detach() > -math.inf)[..., None]  # dense logsumexp itself has no gradient at an empty row
+    for mine, theirs in zip(*(torch.autograd.grad(y, inputs, upstream * kept, retain_graph=True) for y in (
+            merge(*pieces[:3], torch.where(kept[..., 0], pieces[3], 0)), expected))):
+        torch.testing.assert_close(mine, theirs, atol=1e-11, rtol=1e-11)
+
+
+@pytest.mark.filterwarnings('ignore:flex_attention called without')
+@pytest.mark.parametrize('T, window', [(40, 0), (40, 7), (300, 64), (300, 298)])
+def test_the_fused_form_equals_its_dense_twin(T, window):
+    """FlexAttention run unfused, as it can be on a CPU: masks, widths, scale and merge are the fused ones'."""
+    q, k, v = (x.detach().float() for x in qkv(T, D=16))
+    alpha = torch.tensor([0.5, -1.0, 0.0])
+    with torch.no_grad():
+        torch.testing.assert_close(banded(q, k, v, alpha, window, 0.3), dense_reciprocal(q, k, v, alpha, window, 0.3), atol=1e-5, rtol=1e-5)
+
+
+def test_the_fused_form_is_one_graph_with_the_model(monkeypatch):
+    """On a GPU the window goes into the model's own graph; traced here, where FlexAttention has no kernels of its own."""
+    monkeypatch.setattr(attention, 'flex_runs', lambda *told: True)
+    model = lively(**RA)
+    attention.block_masks(48, 5, torch.device('cpu'))
+    with torch.no_grad():
+        compiled = torch.compile(model.hidden, fullgraph=True, dynamic=False, backend='aot_eager')(text(model))
+        monkeypatch.undo()
+        torch.testing.assert_close(compiled, model.hidden(text(model)), atol=1e-5, rtol=1e-5)
+
+
+def test_backend_of_each_attention_is_named():
+    def named(**told):
+        return attention.attention_backend(GPTConfig(**SMALL, **told), 2, 'cpu', torch.float32)
+
+    assert named(**MLA) == named(ra_alpha=1.0, ra_window=-1) == named(ra_alpha=1.0, ra_window=47) == named() == 'flash'
+    assert named(ra_alpha=1.0, ra_window=46) == 'math'  # dense on a CPU
+    assert attention.flex_runs('cuda', torch.bfloat16, 64) == attention.HAS_TRITON
+    assert not attention.flex_runs('cuda', torch.float64, 64) and not attention.flex_runs('cuda', torch.bfloat16, 8)
+
+
+def test_floating_point_operations_of_each_attention():
+    def flops(**told):
+        with torch.device('meta'):
+            return GPT(GPTConfig(**told)).flops_per_token()
+
+    gpt2, attention_of = flops(), 12 * 12 * 768 * 1024
+    assert flops(ra_alpha=1.0, ra_window=-1) - gpt2 == attention_of / 2  # one product more, of two
+    assert flops(ra_alpha=1.0, ra_window=63) - gpt2 == attention_of / 2 / 16
+    latent = 12 * (768 * 2 * 128 + 2 * 128 * 768 - 2 * 768 * 768 + 2 * 128)  # down, up, less W_k and W_v; gains
+    assert flops(attention='mla') - gpt2 == 6 * latent
+
+
+# --- the cache ---------------------------------------------------------------------------------------
+
+
+@variants
+@pytest.mark.parametrize('pieces', [[1] * 48, [48], [20] + [1] * 28, [7, 13, 1, 1, 20, 5, 1], [1, 47]], ids=str)
+def test_cached_reading_in_any_pieces_is_reading_at_once(told, pieces):
+    model = lively(**told)
+    idx, cache, out = text(model), new_cache(model.config, 3, 'cpu', torch.float32), []
+    with torch.no_grad():
+        for piece in idx.split(pieces, 1):
+            out.append(model.hidden(piece, cache))
+        torch.testing.assert_close(torch.cat(out, 1), model.hidden(idx), atol=1e-5, rtol=1e-5)
+    assert cache.lengths.tolist() == [48] * 3
+
+
+@variants
+@pytest.mark.parametrize('steps, fresh_at', [
+    ([(1, 9, 30), (1, 1, 1), (3, 0, 1), (0, 1, 16), (12, 7, 0), (1, 1, 0)], {4: 1}),  # before step 4 row 1 forgets what it has read
+    ([(2, 0, 3), (1, 20, 0), (1, 1, 1)], {}),  # the first text of one row is as long as all that any row has then
+    ([(20, 21, 22), (1, 1, 30), (1, 1, 1)], {1: 2})])
+def test_rows_of_different_lengths_are_what_they_are_alone(told, steps, fresh_at):
+    """Prompts filled up to the longest, then steps of which some rows take none, one, or start again."""
+    model = lively(**told)
+    draw, cache = torch.Generator().manual_seed(2), new_cache(model.config, 3, 'cpu', torch.float32)
+    read = [torch.empty(0, dtype=torch.int64)] * 3
+    with torch.no_grad():
+        for number, counts in enumerate(steps):
+            if number in fresh_at:
+                cache.lengths[fresh_at[number]], read[fresh_at[number]] = 0, read[0][:0]
+            idx = torch.randint(131, (3, max(counts)), generator=draw)
+            out = model.hidden(idx, cache, torch.tensor(counts))
+            for row, count in enumerate(counts):
+                read[row] = torch.cat([read[row], idx[row, :count]])
+                if count:
+                    alone = model.hidden(read[row][None])[0, -count:]
+                    assert (out[row, :count] - alone).abs().max() < 1e-5, (number, row)
+            assert cache.lengths.tolist() == [len(tokens) for tokens in read]
+
+
+def test_more_than_the_positions_is_refused_and_nothing_read():
+    model = lively()
+    cache = new_cache(model.config, 2, 'cpu', torch.float32)
+    model.hidden(text(model, rows=2, T=40), cache)
+    with pytest.raises(ValueError, match='49 tokens do not fit in block_size=48'):
+        model.hidden(text(model, rows=2, T=9), cache, torch.tensor([9, 1]))
+    assert cache.lengths.tolist() == [40, 40]
+    model.hidden(text(model, rows=2, T=9), cache, torch.tensor([8, 1]))
+    assert cache.lengths.tolist() == [48, 41]
+
+
+@pytest.mark.parametrize('told, a_token, a_text', [
+    ({}, 2 * 768, 0), (dict(attention='mla'), 2 * 128, 0), (dict(ra_learned=True), 2 * 768, 64 * 768),
+    (dict(attention='mla', ra_alpha=0.1, ra_window=9), 2 * 128, 9 * 768), (dict(ra_alpha=0.1, ra_window=-1), 2 * 768, 1024 * 768)])
+def test_size_of_the_cache(told, a_token, a_text):
+    config = GPTConfig(**told)
+    cache = new_cache(config, 3, 'meta', torch.bfloat16)
+    for layer in cache.layers:
+        assert sum(t.nbytes for t in layer.values()) == 2 * 3 * (1024 * a_token + a_text)
+    assert cache.bytes() == 12 * 2 * 3 * (1024 * a_token + a_text)
+
+
+@pytest.mark.parametrize('told', [{}, dict(attention='mla', latent_dim=32)], ids=['mha', 'mla'])
+def test_decoding_with_the_cache_is_faster(told):
+    """256 tokens after 768. Without the cache a sample of the steps is timed, for all take minutes."""
+    model = GPT(GPTConfig(vocab_size=500, n_layer=2, n_head=4, n_embd=128, **told)).eval()
+    idx, cache = text(model, rows=1), new_cache(model.config, 1, 'cpu', torch.float32)
+    with torch.inference_mode():
+        start = time.perf_counter()
+        model.hidden(idx[:, :768], cache)
+        for t in range(768, 1024):
+            model.hidden(idx[:, t:t + 1], cache)
+        cached, start = time.perf_counter() - start, time.perf_counter()
+        for t in range(768, 1024, 32):
+            model.hidden(idx[:, :t + 1])
+        whole = 32 * (time.perf_counter() - start)
+    print(f'256 tokens: {cached:.2f} s with the cache, {whole:.2f} s without, {whole / cached:.1f} times')
+    assert whole > 5 * cached
+
+
+# --- in a run ----------------------------------------------------------------------------------------
+
+RUNS = {
+    'mla': dict(attention='mla', latent_dim=8),
+    'mla, ra': dict(attention='mla', latent_dim=8, ra_learned=True, ra_window=4, dtype='bfloat16'),
+    'ra everywhere, dropout': dict(ra_learned=True, ra_window=-1, dropout=0.1),
+    'mla, pruned': dict(attention='mla', latent_dim=8, optimizer='adamwprune', prune_score='bitter7', prune_start=2, prune_end=7,
+                        prune_interval=1),
+}
+
+
+@pytest.mark.parametrize('told', RUNS.values(), ids=RUNS)
+def test_resume_is_exact(tiny, tmp_path, told):
+    stopped = dict(lr_decay_iters=8, eval_interval=4)
+    assert train.main(tiny(**told, **stopped, max_iters=8, out_dir=tmp_path / 'straight')) == 0
+    for steps in (7, 8):
+        assert train.main(tiny(**told, **stopped, max_iters=steps, out_dir=tmp_path / 'split', init_from='auto')) == 0
+    assert_same_run(tmp_path / 'straight', tmp_path / 'split')
+    saved = last(tmp_path / 'straight')
+    if told.get('ra_learned'):
+        assert all((saved['weights'][f'blocks.{n}.attention.alpha'] != 0).all() for n in range(2))
+    if 'prune_score' in told:
+        names = [f'blocks.{n}.attention.{part}.weight' for n in range(2) for part in ('down', 'key_up', 'value_up', 'proj')]
+        assert set(names) < set(saved['mask'])
+        assert all(0 < (~saved['mask'][name]).sum() == (saved['weights'][name] == 0).sum() for name in names)
+
+
+def test_attention_is_part_of_what_makes_a_run(tiny, tmp_path):
+    train.main(tiny(max_iters=4, lr_decay_iters=8))
+    out = tmp_path / 'run'
+    assert refusal(train.main, tiny(init_from='resume', lr_decay_iters=8, attention='mla', ra_learned=True)) == [
+        f'{key}={value!r}: the run in {out} has {key}={before!r}; keep it, or start another run with another --out_dir'
+        for key, value, before in (('attention', 'mla', 'mha'), ('ra_learned', True, False))]
+
+
+def test_run_from_before_there_was_a_choice_of_attention_goes_on(tiny, tmp_path):
+    for name in ('straight', 'split'):
+        train.main(tiny(max_iters=4, lr_decay_iters=8, out_dir=tmp_path / name))
+    saved = last(tmp_path / 'split')
+    for key in 'attention latent_dim per_head_q_latent per_head_v_up latent_norm latent_scale ra_alpha ra_window ra_learned'.split():
+        del saved['settings'][key]
+    save_checkpoint(str(tmp_path / 'split' / 'last.pt'), saved)
+    for name in ('straight', 'split'):
+        assert train.main(tiny(max_iters=8, lr_decay_iters=8, out_dir=tmp_path / name, init_from='resume')) == 0
+    assert_same_run(tmp_path / 'straight', tmp_path / 'split')
+
+
+def test_preflight_tells_of_latents_and_of_a_fixed_alpha(tiny, capsys):
+    train.main(tiny(attention='mla', latent_dim=32, per_head_v_up=False, ra_alpha=0.5, ra_window=3, max_iters=3))
+    out = capsys.readouterr().out
+    assert '  attention          latent, 2 x 32 wide, values the same in all heads; reciprocal 3 tokens back, times 0.5; math\n' in out
+    assert 'ra_alpha=0.5 for good is an unstable choice' in out
+    assert 'latent_dim=32: the cache of sample.py is no smaller than that of attention=mha' in out
+
+
+def test_preflight_knows_what_a_gpu_would_run(tiny, tiny_data, monkeypatch):
+    """FlexAttention for the window, unless the heads are too narrow for it: then it is refused, as for any attention."""
+    monkeypatch.setattr(preflight, 'notes', lambda *told: ())  # asks a real GPU for its memory
+    monkeypatch.setattr(attention, 'HAS_TRITON', True)
+    data = open_data(str(tiny_data), 'tiny')
+    gpu = preflight.Machine(torch.device('cuda:0'), torch.bfloat16, 0, 1, 'NVIDIA A100', None)
+
+    def table(n_head):
+        s, _ = parse(Settings, tiny(ra_learned=True, ra_window=4, n_head=n_head))
+        return preflight.table(s, gpu, data, GPT(model_config(s, 257)), 0)
+
+    assert '  attention          reciprocal 4 tokens back, learned from 0; flex\n' in table(2)
+    assert refusal(table, 4)[0].startswith('attention would run unfused (math) on NVIDIA A100')
+
+
+def test_dropout_that_the_window_cannot_have_is_an_error():
+    model = GPT(GPTConfig(**SMALL, **RA, dropout=0.1))
+    with pytest.raises(ValueError, match='dropout=0.1 window=5: the kernels of the window have no dropout'):
+        model.hidden(text(model))
+    model.eval().hidden(text(model))
+
+
+def test_every_linear_weight_of_latent_attention_can_be_pruned():
+    model = GPT(GPTConfig(**SMALL, **MLA, ra_learned=True))
+    names = prune.prunable(model.named_parameters(), 'blocks')
+    assert [n.removeprefix('blocks.0.') for n in names if n.startswith('blocks.0.attention')] == [
+        'attention.down.weight', 'attention.key_up.weight', 'attention.value_up.weight', 'attention.proj.weight']
+
+
+REFUSED = {
+    'idle latents': (dict(latent_dim=64, latent_norm=False), ['latent_dim=64: acts only with attention=mla; leave it out',
+                                                              'latent_norm=False: acts only with attention=mla; leave it out']),
+    'idle window': (dict(ra_window=8), ['ra_window=8: acts only with ra_alpha or ra_learned; leave it out']),
+    'window': (dict(ra_window=-2, ra_learned=True), ['ra_window=-2: must be at least 0, or -1 for all earlier tokens']),
+    'latents': (dict(latent_dim=0, attention='mla'), ['latent_dim=0: must be at least 1']),
+    'dropout': (dict(ra_learned=True, dropout=0.1, ra_window=8), [
+        'dropout=0.1 ra_window=8: the kernels of the window have no dropout; set --dropout=0 or --ra_window=-1']),
+}
+
+
+@pytest.mark.parametrize('told, messages', REFUSED.values(), ids=REFUSED)
+def test_impossible_or_idle_attention_is_refused(tiny, told, messages):
+    assert refusal(train.main, tiny(**told)) == messages
+
+
+@pytest.mark.parametrize('name, told', [('ra_mla_baseline', dict(attention='mla')), ('ra_learned', dict(ra_learned=True))])
+def test_presets_differ_from_vanilla_by_their_attention_alone(name, told):
+    (vanilla, _), (preset, problems) = (parse(Settings, [f'{train.__file__[:-8]}config/{n}.py']) for n in ('vanilla_baseline', name))
+    assert problems + check(preset) == []
+    assert {k: v for k, v in vars(preset).items() if v != getattr(vanilla, k)} == {**told, 'out_dir': f'out/{name}'}
+    assert (model_config(preset, 50257).latent_dim, preset.ra_window, preset.ra_alpha) == (128, 64, 0.0)
