@@ -1,0 +1,8 @@
+"""vanilla_baseline for a card of 6 GiB or more: the same steps, micro-batches of 16, norms and GELU computed again."""
+out_dir = 'out/small_card'
+dataset = 'fineweb_edu'
+dtype = 'bfloat16'
+batch_size = 16
+gradient_accumulation_steps = 8
+activation_budget = 0.9  # 10 widths a token and block are kept instead of 12
+loss_chunk_tokens = 2048
