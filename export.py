@@ -16,10 +16,9 @@ from typing import Literal
 import torch
 
 from files import read_json, write_atomically, write_folder, write_json
-from model import GPT, GPTConfig, model_config
-from prune import masked, unpack_weights
-from rundir import load_checkpoint
-from settings import Refused, Settings, help_text, parse, run_command
+from model import GPT, GPTConfig
+from rundir import load_model
+from settings import Refused, help_text, parse, run_command
 from shards import EOT_TEXT, VOCABULARY, get_tokenizer
 
 # config.json: what our model can be; the first value is the format's default and what we write.
@@ -207,18 +206,13 @@ def starting_weights(s, model):
 # --- writing -----------------------------------------------------------------------------------------
 
 
-def load_run(run_dir, checkpoint):
-    """(model in float32 as the run uses it, what the checkpoint says of itself) from a run directory."""
-    path, last = (os.path.join(run_dir, f'{name}.pt') for name in (checkpoint, 'last'))
-    if not os.path.exists(path) and os.path.exists(last):
-        raise Refused(f'{path} is not there: it is written once an evaluation beats that of step 0; use --checkpoint=last')
-    saved = load_checkpoint(path)
+def exportable_run(run_dir, checkpoint):
+    """load_model of a run that the format has a place for; Refused if it has none."""
+    model, saved = load_model(run_dir, checkpoint)
     if problems := problems_of(saved['settings']):
-        raise Refused([f'{path}: {problem}; such a run can be evaluated with: python sample.py {run_dir} --score=FILE'
+        raise Refused([f'{run_dir}: {problem}; such a run can be evaluated with: python sample.py {run_dir} --score=FILE'
                        for problem in problems])
-    model = GPT(model_config(Settings(**saved['settings']), saved['data']['vocab_size']))
-    model.load_state_dict(masked(unpack_weights(saved['weights']), saved.get('mask', {})))
-    return model.eval(), saved
+    return model, saved
 
 
 def write_model(folder, model, eot, dtype):
@@ -324,7 +318,7 @@ def main(argv):
         problems.append(f"'{out_dir}' is there already; choose another OUT_DIRECTORY or remove it")
     if problems:
         raise Refused(problems)
-    model, saved = load_run(run_dir, s.checkpoint)
+    model, saved = exportable_run(run_dir, s.checkpoint)
     lines = export(model, saved, out_dir, s.dtype)
     weights = {name: w[:model.config.vocab_size] if name == 'token_embedding.weight' else w for name, w in model.state_dict().items()}
     matrices = [w for name, w in weights.items() if name.startswith('blocks.') and w.dim() == 2]

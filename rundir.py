@@ -14,7 +14,9 @@ import sys
 import torch
 
 from files import finite_or_none, write_atomically
-from settings import Refused
+from model import GPT, model_config
+from prune import masked, unpack_weights
+from settings import Refused, Settings
 
 
 # --- checkpoints -------------------------------------------------------------------------------------
@@ -68,6 +70,21 @@ def load_checkpoint(path):
     except Exception as error:  # torch raises a dozen types for a damaged file
         reason = f'{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ""}'[:120]
     raise Refused(f'checkpoint {path} is damaged or not one of ours ({reason}); use another copy, e.g. best.pt for the weights')
+
+
+def load_model(run_dir, checkpoint):
+    """(model on the CPU, its matrices in float32 as the run uses them; what the checkpoint says of itself). Refused: damaged or absent.
+
+    checkpoint: 'best' or 'last'.
+    """
+    path, last = (os.path.join(run_dir, f'{name}.pt') for name in (checkpoint, 'last'))
+    if not os.path.exists(path) and os.path.exists(last):
+        raise Refused(f'{path} is not there: it is written at the first evaluation after step 0 that beats those before, of a pruned run '
+                      'from prune_end on; use --checkpoint=last')
+    saved = load_checkpoint(path)
+    model = GPT(model_config(Settings(**saved['settings']), saved['data']['vocab_size']))
+    model.load_state_dict(masked(unpack_weights(saved['weights']), saved.get('mask', {})))
+    return model.eval(), saved
 
 
 # --- log, metrics, tracker ---------------------------------------------------------------------------

@@ -16,13 +16,11 @@ from typing import Literal
 
 import torch
 
+import rundir
 from attention import new_cache
 from memory import size
-from model import GPT, model_config
 from preflight import find_machine
-from prune import masked, unpack_weights
-from rundir import load_checkpoint
-from settings import Refused, Settings, help_text, parse, run_command, unused
+from settings import Refused, help_text, parse, run_command, unused
 from shards import get_tokenizer
 
 
@@ -75,12 +73,10 @@ def read_text(path, setting):
 
 def load_model(run_dir, checkpoint, machine):
     """(model for use on `machine`, name of its tokenizer) from a run directory; Refused if there is none."""
-    saved = load_checkpoint(os.path.join(run_dir, f'{checkpoint}.pt'))
-    model = GPT(model_config(Settings(**saved['settings']), saved['data']['vocab_size']))
-    model.load_state_dict(masked(unpack_weights(saved['weights']), saved.get('mask', {})))
+    model, saved = rundir.load_model(run_dir, checkpoint)
     for p in model.parameters():
         p.data = p.data.to(machine.device, machine.dtype if p.dim() >= 2 else torch.float32)
-    return model.eval(), saved['data']['tokenizer']
+    return model, saved['data']['tokenizer']
 
 
 def draw(logits, temperature, top_k, top_p, generators):

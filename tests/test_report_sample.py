@@ -62,7 +62,8 @@ def test_last_and_best_checkpoint_can_be_chosen(trained, capsys):
     os.remove(trained / 'best.pt')
     texts(capsys, trained, **told, checkpoint='last')
     assert refusal(sample.main, [str(trained)]) == [
-        f'no checkpoint {trained}/best.pt; check the folder, or start with --init_from=scratch']
+        f'{trained}/best.pt is not there: it is written at the first evaluation after step 0 that beats those before, of a pruned run '
+        'from prune_end on; use --checkpoint=last']
 
 
 def test_temperature_zero_and_top_k_one_take_the_likeliest_token():
