@@ -423,7 +423,7 @@ ATTENTION = {
 
 @pytest.mark.parametrize('told, problem', ATTENTION.values(), ids=ATTENTION)
 def test_attention_that_the_format_does_not_know(tiny, tmp_path, told, problem):
-    train.main(tiny(**told, max_iters=2))
+    train.main(tiny(**told, max_iters=4))
     assert refusal(export.main, [f'{tmp_path}/run', f'{tmp_path}/hf']) == [
         f'{tmp_path}/run: {problem}; such a run can be evaluated with: python sample.py {tmp_path}/run --score=FILE']
     assert not os.path.exists(tmp_path / 'hf') and export.problems_of({}) == []  # settings of before there was a choice
