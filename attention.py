@@ -12,6 +12,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
+from torch.utils.checkpoint import checkpoint
 
 
 class Linear(nn.Linear):
@@ -32,6 +33,13 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, 1e-5).to(x.dtype)
 
 
+def recomputed(function, *arguments):
+    """function(*arguments); compiled, its backward computes the result again instead of keeping it."""
+    if torch.compiler.is_compiling():
+        return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
+    return function(*arguments)
+
+
 # --- attention of a whole text: training, evaluation -------------------------------------------------
 
 
@@ -46,8 +54,8 @@ def attend(q, k, v, alpha=None, window=-1, scale=None, dropout=0.0):
     T, D = q.shape[-2:]
     scale = scale or D ** -0.5
     if window < 0 or window >= T - 1:
-        # Fused kernels want one width for all three: v is filled up with zeros.
-        y = F.scaled_dot_product_attention(*widened(q, k, alpha), F.pad(v, (0, D)), is_causal=True, dropout_p=dropout, scale=scale)
+        wide = recomputed(widened, q, k, v, alpha)
+        y = F.scaled_dot_product_attention(*wide, is_causal=True, dropout_p=dropout, scale=scale)
         return y[..., :D]
     if dropout:
         raise ValueError(f'dropout={dropout} window={window}: the kernels of the window have no dropout')
@@ -59,11 +67,10 @@ def per_head(alpha):
     return alpha[:, None, None] if torch.is_tensor(alpha) else alpha
 
 
-def widened(q, k, alpha):
-    """(q', k'), each (B, H, T, 2D), with q'_i . k'_j = q_i . k_j + alpha q_j . k_i."""
-    wide_k = torch.cat([k, q], -1)
-    k = wide_k[..., :k.size(-1)]  # the same numbers; so the backward need not keep k
-    return torch.cat([q, (per_head(alpha) * k).to(q.dtype)], -1), wide_k
+def widened(q, k, v, alpha):
+    """(q', k', v'), each (B, H, T, 2D), with q'_i . k'_j = q_i . k_j + alpha q_j . k_i, and v filled up with zeros, for fused
+    kernels want one width for all three."""
+    return torch.cat([q, (per_head(alpha) * k).to(q.dtype)], -1), torch.cat([k, q], -1), F.pad(v, (0, v.size(-1)))
 
 
 def dense_reciprocal(q, k, v, alpha, window, scale):
@@ -86,10 +93,8 @@ def banded(q, k, v, alpha, window, scale):
 
     At T = 1024, W = 64 the band touches 15 of the 36 causal 128 x 128 blocks, at 3/2 of their cost: + 62% of plain attention.
     """
-    D = q.size(-1)
     band_mask, rest_mask = block_masks(q.size(-2), window, q.device)
-    wide_q, wide_k = widened(q, k, alpha)
-    q, k, v = wide_q[..., :D], wide_k[..., :D], v.contiguous()  # the same numbers; so the backward need not keep q, k, v's own memory
+    wide_q, wide_k, _ = recomputed(widened, q, k, v, alpha)
     # Inside a compiled model it is compiled with the model, else on its own; never left unfused on a GPU.
     flex = flex_attention if torch.compiler.is_compiling() or not q.is_cuda else compiled_flex
     band, of_band = flex(wide_q, wide_k, v, block_mask=band_mask, scale=scale, return_aux=AuxRequest(lse=True))
@@ -175,9 +180,17 @@ class Attention(nn.Module):
         self.qkv = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
 
     def project(self, x):
-        """x (B, T, C) -> queries (B, H, T, D), and keys and values as the cache holds them."""
+        """x (B, T, C) -> queries, keys and values, each (B, H, T, D)."""
         B, T, C = x.shape
-        return self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        return self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
+
+    def expanded(self, k, v):
+        """Keys and values of project() -> each (B, H, T, D)."""
+        return k, v
+
+    def cached(self, k, v):
+        """Keys and values of project() -> as the cache holds them."""
+        return k, v
 
     def keys(self, k):
         """Keys as the cache holds them -> (B, H, T, D)."""
@@ -198,9 +211,9 @@ class Attention(nn.Module):
     def forward(self, x, layer=None, step=None):  # (B, T, C)
         q, k, v = self.project(x)
         if layer is None:
-            y = attend(q, self.keys(k), self.values(v), self.alpha, self.window, self.scale, self.dropout if self.training else 0.0)
+            y = attend(q, *self.expanded(k, v), self.alpha, self.window, self.scale, self.dropout if self.training else 0.0)
         else:
-            y = self.decode(q, k, v, layer, step)
+            y = self.decode(q, *self.cached(k, v), layer, step)
         y = self.proj(y.transpose(1, 2).reshape(x.shape))
         return F.dropout(y, self.dropout, self.training)
 
@@ -249,10 +262,19 @@ class LatentAttention(Attention):
             self.scale = L ** -0.5
 
     def project(self, x):
-        """x (B, T, C) -> queries (B, H, T, D), c^K and c^V (B, 1, T, L)."""
+        """x (B, T, C) -> queries (B, H, T, D), and the latents before their norm (B, T, L)."""
         B, T, C = x.shape
         q, k, v = self.down(x).split([C, self.latent_dim, self.latent_dim], -1)
-        return q.view(B, T, self.n_head, -1).transpose(1, 2), self.key_norm(k)[:, None], self.value_norm(v)[:, None]
+        return q.view(B, T, self.n_head, -1).transpose(1, 2), k, v
+
+    def cached(self, k, v):
+        return self.key_norm(k)[:, None], self.value_norm(v)[:, None]  # (B, 1, T, L) each
+
+    def expanded(self, k, v):
+        def expand(k, v):
+            k, v = self.cached(k, v)
+            return self.keys(k), self.values(v)
+        return recomputed(expand, k, v)  # cheap to make again, and much larger than the latents
 
     def expand(self, latent, up):
         """c (B, 1, T, L) -> (B, H, T, D) by `up`; one shared by the heads gives each the same."""

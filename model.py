@@ -10,9 +10,8 @@ from dataclasses import dataclass, fields
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
-from attention import Attention, LatentAttention, Linear, block_masks, is_reciprocal, up_std
+from attention import Attention, LatentAttention, Linear, block_masks, is_reciprocal, recomputed, up_std
 from loss import ChunkedCrossEntropy, chunked_loss, loss_chunk
 
 
@@ -75,11 +74,7 @@ class MLP(nn.Module):
         self.proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x):  # (B, T, C)
-        hidden = self.fc(x)  # (B, T, 4C)
-        if torch.compiler.is_compiling():  # the backward computes the activation again, in one kernel with its gradient
-            y = self.proj(checkpoint(gelu, hidden, use_reentrant=False, preserve_rng_state=False))
-        else:
-            y = self.proj(gelu(hidden))
+        y = self.proj(recomputed(gelu, self.fc(x)))  # again in the backward, in one kernel with its gradient
         return F.dropout(y, self.dropout, self.training)
 
 

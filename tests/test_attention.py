@@ -6,11 +6,14 @@ import time
 import pytest
 import torch
 from conftest import assert_same_run, last, refusal, train
+from functorch.compile import min_cut_rematerialization_partition
+from torch._dynamo.backends.common import aot_autograd
 
 import attention
 import preflight
 import prune
 from attention import attend, banded, dense_reciprocal, merge, new_cache
+from memory import predicted_memory
 from model import GPT, GPTConfig
 from preflight import model_config
 from rundir import save_checkpoint
@@ -183,7 +186,7 @@ def test_logits_and_values_start_with_the_spread_of_gpt2(told):
         model.hidden(text(model, rows=4))
         for part, x in seen:
             q, k, v = part.project(x)
-            k, v = part.keys(k), part.values(v)
+            k, v = part.expanded(k, v)
             spread += [(q @ k.mT / math.sqrt(64)).std().item(), v.std().item()]
         return spread
 
@@ -244,6 +247,32 @@ def test_the_fused_form_is_one_graph_with_the_model(monkeypatch):
         compiled = torch.compile(model.hidden, fullgraph=True, dynamic=False, backend='aot_eager')(text(model))
         monkeypatch.undo()
         torch.testing.assert_close(compiled, model.hidden(text(model)), atol=1e-5, rtol=1e-5)
+
+
+WIDTHS = {'mha': {}, 'mla': dict(attention='mla', latent_dim=16), 'ra': dict(ra_learned=True, ra_window=20),
+          'ra everywhere': dict(ra_learned=True, ra_window=-1), 'mla, ra': dict(attention='mla', latent_dim=16, ra_alpha=0.5, ra_window=20)}
+
+
+@pytest.mark.parametrize('told', WIDTHS.values(), ids=WIDTHS)
+def test_compiled_blocks_keep_what_is_predicted_for_the_backward(monkeypatch, told):
+    """Bytes that one block more keeps, of the compiler's own choice; on a CPU FlexAttention is traced, but not run backwards."""
+    monkeypatch.setattr(attention, 'flex_runs', lambda *told: True)
+    monkeypatch.setattr(torch.nn.attention.flex_attention, '_validate_device', lambda *tensors: None)
+    sizes, kept, predicted = dict(vocab_size=200, block_size=256, n_head=2, n_embd=64, **told), {}, {}
+    for layers in (2, 3):
+        torch._dynamo.reset()
+        model = GPT(GPTConfig(n_layer=layers, **sizes))
+        attention.block_masks(256, 20, torch.device('cpu'))
+        hidden = torch.compile(model.hidden, fullgraph=True, dynamic=False, backend=aot_autograd(
+            fw_compiler=lambda graph, inputs: graph.forward, partition_fn=min_cut_rematerialization_partition))
+        saved = {}
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.setdefault(t.untyped_storage().data_ptr(), t), lambda t: t):
+            hidden(torch.zeros(4, 256, dtype=torch.int64))
+        weights = {p.data_ptr() for p in model.parameters()}
+        kept[layers] = sum(t.untyped_storage().nbytes() for key, t in saved.items() if key not in weights and t.is_floating_point())
+        s = Settings(batch_size=4, n_layer=layers, compile=True, **{key: value for key, value in sizes.items() if key != 'vocab_size'})
+        predicted[layers] = predicted_memory(s, model.config, torch.float32, 0, 0)['activations']
+    assert kept[3] - kept[2] == pytest.approx(predicted[3] - predicted[2], rel=0.025)  # it leaves out two statistics a norm, one a head
 
 
 def test_backend_of_each_attention_is_named():
