@@ -23,15 +23,16 @@ from memory import predicted_memory
 from prune import prunable
 
 STEPS = 3  # under the profiler
-WINDOW, DATA, LOSS = 'anatomy: steps', 'anatomy: data', ChunkedCrossEntropy.__name__
+WINDOW, DATA, SUMS, LOSS = 'anatomy: steps', 'anatomy: data', 'anatomy: sums', ChunkedCrossEntropy.__name__
+MARKED = {'inputs_and_targets': DATA, 'accumulate': SUMS}  # functions of train.py that are no operators
 
 # (part, pattern in the chain): the first that is found counts. So the outermost purpose goes before the kind of kernel.
 PATTERNS = [(part, re.compile(pattern)) for part, pattern in (
     ('optimizer', r'Optimizer\.step|linalg_vector_norm'),  # the norm is for clipping
     ('data', rf'{DATA}|Memcpy HtoD'),
     ('head and loss', LOSS),
-    # the hooks of flat.py, the zeroing before them, and the sum of the tied embedding's two gradients
-    ('gradient accumulation', rf'AccumulateGrad|(CompiledFunction|Embedding)Backward\d* > aten::add|{WINDOW} > aten::zero_'),
+    # besides train.accumulate: the zeroing before it, and the sum of the tied embedding's two gradients
+    ('gradient accumulation', rf'{SUMS}|AccumulateGrad|(CompiledFunction|Embedding)Backward\d* > aten::add|{WINDOW} > aten::zero_'),
     ('embedding', r'embedding|Embedding|SliceBackward'),
     ('attention', r'scaled_dot_product|ScaledDotProduct|attention|flash|fmha|sdpa'),
     ('matrix products', r'aten::(linear|matmul|mm|addmm|bmm)\b|\b(Mm|Addmm|T|UnsafeView)Backward|'
@@ -152,19 +153,23 @@ def memory_of_loss(events, gpu):
 
 
 @contextlib.contextmanager
-def data_marked():
-    """Reading a batch is no operator, so it gets a range here."""
-    read = train.inputs_and_targets
+def marked():
+    """Gives the functions of MARKED a range in the trace."""
+    before = {name: getattr(train, name) for name in MARKED}
 
-    def marked(*arguments):
-        with record_function(DATA):
-            return read(*arguments)
+    def in_range(function, label):
+        def wrapped(*arguments):
+            with record_function(label):
+                return function(*arguments)
+        return wrapped
 
-    train.inputs_and_targets = marked
+    for name, label in MARKED.items():
+        setattr(train, name, in_range(before[name], label))
     try:
         yield
     finally:
-        train.inputs_and_targets = read
+        for name, function in before.items():
+            setattr(train, name, function)
 
 
 def several_steps(run, steps):
@@ -179,7 +184,7 @@ def trace(run, steps, memory=False):
     path = os.path.join(run.settings.out_dir, 'trace.json')
     os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # it reports every stage otherwise
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (run.machine.device.type == 'cuda')
-    with data_marked(), profile(activities=activities, schedule=schedule(wait=0, warmup=1, active=1, repeat=1), profile_memory=memory,
+    with marked(), profile(activities=activities, schedule=schedule(wait=0, warmup=1, active=1, repeat=1), profile_memory=memory,
                                 on_trace_ready=lambda done: done.export_chrome_trace(path)) as profiler:
         for _ in range(2):  # the profiler's own start-up falls into the first
             with record_function(WINDOW):

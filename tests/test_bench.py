@@ -150,6 +150,7 @@ FX = AUTOGRAD + 'CompiledFunctionBackward > CompiledFunctionBackward > ## Call C
     ('head and loss', AUTOGRAD + 'ChunkedCrossEntropyBackward > ChunkedCrossEntropyBackward > aten::mul'),
     ('gradient accumulation', AUTOGRAD + 'torch::autograd::AccumulateGrad > torch::autograd::AccumulateGrad > aten::add_'),
     ('gradient accumulation', AUTOGRAD + 'CompiledFunctionBackward > aten::add_'),
+    ('gradient accumulation', 'anatomy: steps > anatomy: sums > Torch-Compiled Region: 3/0 > triton_for_fused_add_0'),
     ('gradient accumulation', 'anatomy: steps > aten::zero_ > aten::fill_ > cudaLaunchKernel > vectorized_elementwise_kernel'),
     ('embedding', FX + 'triton_poi_fused_embedding_dense_backward_9'),
     ('attention', FX + 'aten::_scaled_dot_product_cudnn_attention_backward > cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16'),
