@@ -50,6 +50,14 @@ def flatten_kind(named, dtype):
     return flat
 
 
+def clear(flats):
+    """Set all gradients to 0, also what a backward that failed halfway has left behind."""
+    for flat in flats:
+        flat.parameter.main_grad.zero_()
+        for p in flat.members:
+            p.grad = None
+
+
 def add_each(sums, terms):
     """Add each tensor of `terms` to its one of `sums`. Compiled it is one kernel for all, which mixed types are not otherwise."""
     torch._foreach_add_(sums, terms)

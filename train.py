@@ -24,7 +24,7 @@ from torch._dynamo.utils import counters
 
 from export import starting_weights
 from files import write_json
-from flat import accumulate, add_each, flatten, gradient_norm, load_named_state, named_state
+from flat import accumulate, add_each, clear, flatten, gradient_norm, load_named_state, named_state
 from memory import ladder, peak_memory
 from model import GPT, model_config
 from optim import build_optimizer, learning_rate_at
@@ -122,8 +122,7 @@ def local_gradients(run):
     s, p = run.active, run.progress
     total = torch.zeros((), device=run.machine.device)
     run.model.train()
-    for flat in run.flats:
-        flat.parameter.main_grad.zero_()
+    clear(run.flats)
     for micro in range(run.machine.rank, s.gradient_accumulation_steps, run.machine.world):
         first = p.step * effective_batch(s) + micro * s.batch_size
         order = window_order(range(first, first + s.batch_size), run.data.train.windows(s.block_size), s.seed)

@@ -266,6 +266,23 @@ def test_memory_that_runs_out_in_the_middle_of_a_step_loses_nothing(tiny, tmp_pa
     assert all(abs(straight[step] - run[step]) < 1e-5 for step in straight)
 
 
+def test_memory_that_runs_out_in_a_backward_leaves_no_gradients_behind(tiny, tmp_path, monkeypatch):
+    train.main(tiny(batch_size=2, eps=1e-3, out_dir=tmp_path / 'straight'))
+    backward, calls = torch.Tensor.backward, []
+
+    def fails_once(self, *arguments, **more):
+        backward(self, *arguments, **more)
+        calls.append(self)
+        if len(calls) == 8:  # the gradients are there, but nobody has added them up
+            raise torch.OutOfMemoryError('out of memory')
+
+    monkeypatch.setattr(torch.Tensor, 'backward', fails_once)
+    assert train.main(tiny(batch_size=2, eps=1e-3)) == 0
+    assert summary(tmp_path / 'run')['rung'] == 1 and 'OUT OF MEMORY at step 4 ' in text_log(tmp_path / 'run')
+    straight, run = losses(tmp_path / 'straight'), losses(tmp_path / 'run')
+    assert all(abs(straight[step] - run[step]) < 1e-5 for step in straight)
+
+
 def test_ladder_may_be_forbidden_and_may_end(tiny, tmp_path, memory_for):
     memory_for(0)
     assert train.main(tiny(oom='fail', out_dir=tmp_path / 'forbidden')) == 1
