@@ -141,7 +141,8 @@ def understood(argv):
     if b.json and (os.path.isdir(b.json) or not os.path.isdir(folder) or not os.access(folder, os.W_OK)):
         problems.append(f"json='{b.json}': cannot be written; name a file in a folder that exists")
     beside = os.path.join(os.path.dirname(os.path.abspath(s.out_dir)), 'bench_')
-    return b, replace(s, init_from='scratch', out_dir=beside), problems
+    start = 'scratch' if s.init_from in ('auto', 'resume') else s.init_from
+    return b, replace(s, init_from=start, out_dir=beside), problems
 
 
 def for_train(b):
@@ -264,7 +265,7 @@ def main(argv):
         if code:
             return code
         plain = train_plain_if_it_fits(s, machine, data) if b.plain else None
-        as_asked = replace(for_train(b), init_from='scratch', out_dir=os.path.join(folder, 'anatomy'))  # so early, masks are seldom chosen
+        as_asked = replace(for_train(b), init_from=s.init_from, out_dir=os.path.join(folder, 'anatomy'))  # masks are seldom chosen so early
         dissected = anatomy.measure(as_asked, machine, data)
         result = results(s, machine, data, ours, plain, dissected)
     print('\n' + table(result, b.profile))

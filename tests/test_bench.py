@@ -9,6 +9,7 @@ from conftest import refusal, train
 
 import anatomy
 import bench
+import export
 from model import GPT
 from preflight import model_config, preflight
 from settings import Settings, check, parse
@@ -133,6 +134,15 @@ def test_short_runs_keep_the_shape_of_their_schedules():
     _, dense, more = bench.understood(['config/vanilla_baseline.py', '--steps=500', '--lr_decay_iters=25_000'])
     assert (dense.max_iters, dense.warmup_iters, dense.lr_decay_iters) == (500, 20, 250)
     assert problems + more + check(s) + check(dense) == []
+
+
+def test_all_that_is_measured_starts_from_the_same_pretrained_model(tiny, tmp_path, capsys):
+    train.main(tiny(out_dir=tmp_path / 'run'))
+    assert export.main([str(tmp_path / 'run'), str(tmp_path / 'gpt2')]) == 0
+    told = tiny(init_from=f'hf:{tmp_path / "gpt2"}', bias=True, log_interval=1, warmup_iters=0, learning_rate=1e-6, min_lr=1e-6)
+    assert bench.main([*told, f'--json={tmp_path / "r.json"}']) == 0
+    r = json.loads((tmp_path / 'r.json').read_text())
+    assert r['curve'][0][1] == pytest.approx(r['curve'][0][2], abs=1e-4) and r['ours']['late_loss'] < 4.5  # 5.5 from scratch
 
 
 # --- anatomy -----------------------------------------------------------------------------------------
