@@ -159,11 +159,11 @@ def shortened(s, steps):
 
 
 def arithmetic(s, machine, data):
-    """What MFU is made of: FLOPs a token = 6 N + 12 L C T, and the device's peak in FLOP/s (None: unknown)."""
+    """What MFU is made of (GPT.flops_per_token): FLOPs a token = 6 N + attention, and the device's peak in FLOP/s (None: unknown)."""
     with torch.device('meta'):
-        flops = GPT(model_config(s, data.vocab_size)).flops_per_token()
-    attention = 12 * s.n_layer * s.n_embd * s.block_size
-    return dict(flops_a_token=flops, attention_flops_a_token=attention, multiplying_parameters=(flops - attention) // 6,
+        model = GPT(model_config(s, data.vocab_size))
+    flops, parameters = model.flops_per_token(), model.parameter_count() - model.position_embedding.weight.numel()
+    return dict(flops_a_token=flops, attention_flops_a_token=flops - 6 * parameters, multiplying_parameters=parameters,
                 peak_flops=machine.peak_flops)
 
 
@@ -215,8 +215,8 @@ def table(r, with_kernels):
     peak = f'{r["peak_flops"] / 1e12:.0f} TFLOP/s in bfloat16' if r['peak_flops'] else 'unknown'
     lines += [
         f'late loss: mean of the {r["late_steps"]} losses logged in the last {min(LATE_STEPS, r["steps"])} steps',
-        f'MFU = tokens/s x FLOPs a token / peak; FLOPs a token = 6 N + 12 L C T = {r["flops_a_token"]:,}; '
-        f'N = {r["multiplying_parameters"]:,} parameters that multiply, 12 L C T = {r["attention_flops_a_token"]:,}; peak {peak}',
+        f'MFU = tokens/s x FLOPs a token / peak; FLOPs a token = 6 N + attention = {r["flops_a_token"]:,}; '
+        f'N = {r["multiplying_parameters"]:,} parameters that multiply, attention {r["attention_flops_a_token"]:,}; peak {peak}',
         f'out-of-memory rung {r["ours"]["rung"]}: {r["ours"]["rung_label"]}', '',
         f'first step done {startup["first_step_seconds"]:.1f} s after the start of the process',
         f'compiled graphs: {startup["graphs_after_first_step"]} after the first evaluation and step, {startup["graphs_at_end"]} at the '

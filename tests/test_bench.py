@@ -51,7 +51,15 @@ def test_flops_are_those_of_the_formula(benched):
     N = V * C + L * (12 * C * C + 2 * C) + C
     assert r['multiplying_parameters'] == N and r['attention_flops_a_token'] == 12 * L * C * T
     assert r['flops_a_token'] == 6 * N + 12 * L * C * T
-    assert f'6 N + 12 L C T = {r["flops_a_token"]:,}; N = {N:,} ' in text and 'peak unknown' in text
+    assert f'6 N + attention = {r["flops_a_token"]:,}; N = {N:,} ' in text and 'peak unknown' in text
+
+
+def test_reciprocal_attention_adds_to_the_flops_of_attention_and_not_to_the_parameters(tiny):
+    s, problems = parse(Settings, tiny(ra_alpha=0.5, ra_window=3))
+    found = bench.arithmetic(s, *preflight(s, problems + check(s)))
+    L, C, T, V, W = 2, 32, 32, 384, 3
+    assert found['multiplying_parameters'] == V * C + L * (12 * C * C + 2 * C) + C
+    assert found['attention_flops_a_token'] == 12 * L * C * T + 6 * L * C * (W + 1)
 
 
 def test_plain_step_learns_what_ours_learns(benched):
