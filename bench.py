@@ -137,10 +137,11 @@ def understood(argv):
         problems.append("init_from='resume': both runs start from scratch; leave it out")
     if int(os.environ.get('WORLD_SIZE', 1)) > 1:
         problems.append(f"WORLD_SIZE={os.environ['WORLD_SIZE']}: bench.py compares single processes; start it without torchrun")
-    folder = os.path.dirname(os.path.abspath(b.json))
-    if b.json and (os.path.isdir(b.json) or not os.path.isdir(folder) or not os.access(folder, os.W_OK)):
+    folder, made = os.path.dirname(os.path.abspath(b.json)), os.path.dirname(os.path.abspath(s.out_dir))  # made by main()
+    writable = os.path.isdir(folder) and os.access(folder, os.W_OK) or folder == made and not os.path.exists(made)
+    if b.json and (os.path.isdir(b.json) or not writable):
         problems.append(f"json='{b.json}': cannot be written; name a file in a folder that exists")
-    beside = os.path.join(os.path.dirname(os.path.abspath(s.out_dir)), 'bench_')
+    beside = os.path.join(made, 'bench_')
     start = 'scratch' if s.init_from in ('auto', 'resume') else s.init_from
     return b, replace(s, init_from=start, out_dir=beside), problems
 

@@ -131,6 +131,11 @@ def test_refused(tiny, changes, words):
     assert len(problems) == 1 and all(word in problems[0] for word in words), problems
 
 
+def test_results_may_go_to_the_folder_of_the_runs_before_it_is_there(tiny, tmp_path):
+    _, _, problems = bench.understood(tiny(out_dir=tmp_path / 'out' / 'run', json=tmp_path / 'out' / 'r.json'))
+    assert problems == []
+
+
 def test_several_processes_are_refused(tiny, monkeypatch):
     monkeypatch.setenv('WORLD_SIZE', '2')
     assert any('without torchrun' in problem for problem in refusal(bench.main, tiny()))
