@@ -105,10 +105,17 @@ def optimizer_options(s, model):
 def check_with_model(s, model):
     """Problems that the optimizer itself finds in its settings, with the shapes of this model."""
     try:
-        build_optimizer(flatten(model, torch.float32), lr=s.learning_rate, betas=(s.beta1, s.beta2), eps=s.eps,
-                        weight_decay=s.weight_decay, **optimizer_options(s, model))
+        optimizer = build_optimizer(flatten(model, torch.float32), lr=s.learning_rate, betas=(s.beta1, s.beta2), eps=s.eps,
+                                    weight_decay=s.weight_decay, **optimizer_options(s, model))
     except ValueError as error:
         return [str(error)]
+    last = s.prune_end  # of the choices of masks; later where that falls into the warm-up after a reset
+    while s.prune_score != 'none' and optimizer.cycle and optimizer.cycle.recovering(last - 1):
+        last += 1
+    if s.prune_score != 'none' and last > s.max_iters:
+        return [f'prune_end={s.prune_end} max_iters={s.max_iters} spam_interval={s.spam_interval} spam_warmup={s.spam_warmup}: no masks '
+                f'are chosen in the warm-up after a reset, so target_sparsity is reached at {last} only; end the ramp before the reset, or '
+                f'write --max_iters={last} or more']
     return []
 
 
@@ -264,9 +271,16 @@ def pruning_plan(s, prunable):
     """What pruning will do and when, as text."""
     if s.prune_score == 'none':
         return 'none'
-    how = f'{s.prune_score}, {s.prune_pattern}, ' + ('regrowing until the end of the ramp' if s.prune_regrow else 'for good')
-    return (f'{s.target_sparsity:.1%} of the {prunable:,} weights of {s.prune_scope} by {how}; {s.prune_schedule} from step '
-            f'{s.prune_start} to {s.prune_end} every {s.prune_interval}, then {s.max_iters - s.prune_end} steps of recovery')
+    how = (f'{s.prune_score}, {s.prune_pattern}, ' + ('each matrix alike, ' if s.prune_allocation == 'layer' else '')
+           + ('regrowing until the end of the ramp' if s.prune_regrow else 'for good'))
+    last, every = s.prune_end, f' every {s.prune_interval} to {s.prune_end}'
+    when = f'{s.prune_schedule} from step {s.prune_start} to {s.prune_end} every {s.prune_interval}'
+    if s.prune_pattern == '2:4':
+        last = s.prune_end if s.prune_regrow else s.prune_start
+        when = f'all at step {s.prune_start}' + (f', chosen again{every}' if s.prune_regrow else '')
+    raised = f'; their learning rate over density^{s.prune_lr_power:g}, in the end x {(1 - s.target_sparsity) ** -s.prune_lr_power:.3g}'
+    return (f'{s.target_sparsity:.1%} of the {prunable:,} weights of {s.prune_scope} by {how}; {when}, then {s.max_iters - last} steps of '
+            'recovery' + (raised if s.prune_lr_power else ''))
 
 
 def notes(s, machine, memory, epochs):

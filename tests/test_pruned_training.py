@@ -158,6 +158,9 @@ REFUSED = [
      "allow_extra_memory=True, or use 'bitter10z', which does without"),
     ({**PRUNED, 'prune_pattern': '2:4', 'prune_interval': 100, 'target_sparsity': 0.6},
      "AdamWPrune: target_sparsity=0.6: pattern='2:4' prunes exactly half; set 0.5"),
+    ({**PRUNED, **SPAM, 'adamwprune_base': 'adamwspam', 'spam_warmup': 2, 'prune_end': 13, 'max_iters': 15},
+     'prune_end=13 max_iters=15 spam_interval=4 spam_warmup=2: no masks are chosen in the warm-up after a reset, so target_sparsity is '
+     'reached at 16 only; end the ramp before the reset, or write --max_iters=16 or more'),
     ({**PRUNED, 'prune_srste': 0.1}, 'AdamWPrune: srste=0.1 acts on weights that may regrow; set regrow=True'),
 ]
 
@@ -166,6 +169,29 @@ REFUSED = [
 def test_impossible_pruning_is_refused_before_anything_is_written(tiny, tmp_path, told, message):
     assert refusal(train.main, tiny(**told)) == [message]
     assert not (tmp_path / 'run').exists()
+
+
+def test_ramp_that_ends_in_a_warm_up_reaches_its_target_when_that_is_over(tiny, tmp_path):
+    told = {**PRUNED, **SPAM, 'adamwprune_base': 'adamwspam', 'spam_warmup': 2, 'prune_end': 13, 'max_iters': 16, 'lr_decay_iters': 16}
+    assert train.main(tiny(**told)) == 0
+    assert summary(tmp_path / 'run')['sparsity'] == 0.5 and (tmp_path / 'run' / 'best.pt').exists()
+
+
+PLANS = [
+    (PRUNED, 'by bitter7, unstructured, for good; zhu_gupta from step 2 to 9 every 2, then 3 steps of recovery\n'),
+    ({**PRUNED, 'prune_interval': 100, 'prune_pattern': '2:4'}, 'by bitter7, 2:4, for good; all at step 2, then 10 steps of recovery\n'),
+    ({**PRUNED, 'prune_pattern': '2:4', 'prune_regrow': True},
+     '2:4, regrowing until the end of the ramp; all at step 2, chosen again every 2 to 9, then 3 steps of recovery\n'),
+    ({**PRUNED, 'prune_allocation': 'layer', 'prune_lr_power': 2.0},
+     'each matrix alike, for good; zhu_gupta from step 2 to 9 every 2, then 3 steps of recovery; their learning rate over density^2, '
+     'in the end x 4\n'),
+]
+
+
+@pytest.mark.parametrize('told, plan', PLANS)
+def test_preflight_tells_what_pruning_will_do(tiny, capsys, told, plan):
+    train.main(tiny(**told))
+    assert plan in capsys.readouterr().out
 
 
 def test_target_that_the_floor_forbids_is_refused(tiny):
