@@ -46,6 +46,8 @@ def check(s, vocab_size):
     """Problems of SampleSettings."""
     problems = [f'{key}={getattr(s, key)!r}: must be at least 1' for key in ('num_samples', 'max_new_tokens') if getattr(s, key) < 1]
     problems += [f'{key}={getattr(s, key)!r}: must not be negative' for key in ('temperature', 'top_k', 'seed') if getattr(s, key) < 0]
+    if s.seed >= 2**63:
+        problems.append(f'seed={s.seed}: must be below 2^63, which PyTorch takes')
     if s.top_k > vocab_size:
         problems.append(f'top_k={s.top_k}: the vocabulary has {vocab_size} tokens; 0 draws from all of them')
     if not 0 < s.top_p <= 1:

@@ -249,6 +249,7 @@ def check(s):
         require(getattr(s, key) >= 1, key, must='must be at least 1')
     for key in 'seed warmup_iters lr_decay_iters eval_tokens learning_rate min_lr weight_decay grad_clip'.split():
         require(getattr(s, key) >= 0, key, must='must not be negative')
+    require(s.seed < 2**63, 'seed', must='must be below 2^63, which PyTorch takes')
     for key in ('beta1', 'beta2', 'dropout'):
         require(0 <= getattr(s, key) < 1, key, must='must be at least 0 and below 1')
     for key in ('eps', 'diverge_nats'):

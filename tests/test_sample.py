@@ -196,6 +196,7 @@ def test_score_of_the_validation_text_is_the_validation_loss(trained, tiny_data,
 
 REFUSED = {
     'top_p': (['--top_p=0'], ['top_p=0.0: must be above 0 and at most 1']),
+    'seed': ([f'--seed={2**63}'], ['seed=9223372036854775808: must be below 2^63, which PyTorch takes']),
     'two prompts': (['--prompt=a', '--prompts_file=b'], ["prompt='a': acts only with no prompts_file; leave it out"]),
     'greedy': (['--temperature=0', '--top_k=5', '--seed=3'], ['top_k=5: acts only with a temperature above 0; leave it out',
                                                               'seed=3: acts only with a temperature above 0; leave it out']),

@@ -134,6 +134,7 @@ COMBINATIONS = {
         'max_iters=0: must be at least 1',
         'warmup_iters=0 max_iters=0 lr_decay_iters=0: the warm-up must end before the decay does (0)']),
     'negative': (dict(seed=-1), ['seed=-1: must not be negative']),
+    'seed': (dict(seed=2**63), ['seed=9223372036854775808: must be below 2^63, which PyTorch takes']),
     'dropout': (dict(dropout=1.0), ['dropout=1.0: must be at least 0 and below 1']),
     'eps': (dict(eps=0.0), ['eps=0.0: must be above 0']),
     'warm-up': (dict(warmup_iters=8), [
