@@ -76,6 +76,8 @@ def read_text(path, setting):
 def load_model(run_dir, checkpoint, machine):
     """(model for use on `machine`, name of its tokenizer) from a run directory; Refused if there is none."""
     model, saved = rundir.load_model(run_dir, checkpoint)
+    if machine.device.type == 'cuda':
+        torch.cuda.set_device(machine.device)  # the loss kernel is launched on the current device
     for p in model.parameters():
         p.data = p.data.to(machine.device, machine.dtype if p.dim() >= 2 else torch.float32)
     return model, saved['data']['tokenizer']

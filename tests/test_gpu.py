@@ -8,6 +8,7 @@ from conftest import assert_same_run, losses, train
 import bench
 import optim
 import loss
+import sample
 from attention import attention_backend, banded, dense_reciprocal, new_cache
 from flat import accumulate, flatten
 from model import GPT, GPTConfig
@@ -127,6 +128,21 @@ def test_bench_finds_where_a_step_goes(tiny, tmp_path):
     assert parts['other'] < 0.05 * r['time']['step_ms']
     assert sum(memory['measured'].values()) == memory['peak'] and min(memory['measured'].values()) >= 0
     assert r['startup']['recompilations'] == r['startup']['graph_breaks'] == 0
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason='needs two GPUs')
+def test_score_is_the_same_on_a_gpu_that_is_not_the_first(tiny, tmp_path, capsys):
+    train.main(tiny(max_iters=3))
+    (tmp_path / 'text').write_text('some words that are scored ' * 20)
+    told = []
+    for device in ('cuda:0', 'cuda:1'):
+        capsys.readouterr()
+        assert sample.main([str(tmp_path / 'run'), f'--score={tmp_path / "text"}', f'--device={device}']) == 0
+        told.append(capsys.readouterr().out)
+    torch.cuda.set_device(0)
+    assert told[0] == told[1]
+
+
 # --- latent and reciprocal attention -------------------------------------------------------------------
 
 ATTENTIONS = {
