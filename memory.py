@@ -11,7 +11,8 @@ def predicted_memory(s, config, dtype, parameters, prunable):
     A compiled block keeps 12 widths a token (residual x 2, norms x 2, qkv x 3, attention, 4 of the MLP), 10 of them if it may
     compute the norms again (activation_budget < 1); uncompiled it also keeps the GELU's 4 and float32 norm inputs.
     Latent attention keeps q and its latents instead of q, k and v, reciprocal attention two outputs more, and
-    latent keys (uncompiled 7 widths, of double q, k and v), as counted in the compiler's graphs. Attention is taken to be fused: dense logits are not in here.
+    latent keys (uncompiled 7 widths, of double q, k and v), as counted in the compiler's graphs. Attention is taken to be
+    fused: dense logits are not in here.
     """
     element = torch.finfo(dtype).bits // 8
     tokens = s.batch_size * s.block_size
@@ -25,7 +26,7 @@ def predicted_memory(s, config, dtype, parameters, prunable):
     return {
         'working weights': parameters * element if element < 4 else 0,
         'master weights': parameters * 4,
-        'moments': parameters * 8,
+        'moments': parameters * (12 if s.spam_mode == 'reference' else 8),  # AMSGrad has a third
         'gradients': parameters * (4 + element),
         'pruning': prunable * per_weight(s, element) if s.prune_score != 'none' else 0,
         'activations': s.n_layer * a_block + 2 * tokens * s.n_embd * element,

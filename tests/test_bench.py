@@ -10,6 +10,7 @@ from conftest import refusal, train
 import anatomy
 import bench
 import export
+from memory import predicted_memory
 from model import GPT
 from preflight import model_config, preflight
 from settings import Settings, check, parse
@@ -231,6 +232,14 @@ def test_on_a_cpu_every_moment_belongs_to_the_innermost_operator():
 def test_captured_graph_is_no_step_to_profile():
     with pytest.raises(RuntimeError, match='without capture'):
         anatomy.time_by_part([*HOST, event('cuda_runtime', 'cudaGraphLaunch', 30, 1, correlation=4), *DEVICE], gpu=True, steps=1)
+
+
+def test_moments_of_amsgrad_are_predicted(tiny):
+    s, problems = parse(Settings, tiny(optimizer='adamwspam', spam_mode='reference'))
+    run = train.build(s, *preflight(s, problems + check(s)), saved=None)
+    run.log.close()
+    predicted = predicted_memory(s, run.model.config, torch.float32, run.model.parameter_count(), 0)
+    assert anatomy.state_bytes(run)['moments'] == pytest.approx(predicted['moments'], rel=0.01)  # but for gaps between tensors
 
 
 def test_activations_are_what_autograd_keeps(tiny):
