@@ -291,7 +291,7 @@ class AdamWPrune(AdamWSPAM):
     and by srste * weight (SR-STE, arXiv 2102.04010; 0: plain straight-through), and may be chosen again before `end`;
     for float32 parameters this takes masters apart. pattern '2:4': two of each four inputs go, all at `start`.
     allocation 'layer': every matrix at the scope's sparsity, instead of one threshold. lr_power: the learning rate of pruned
-    parameters is divided by (1 - sparsity)^lr_power; 1 keeps the size of the outputs' changes (sparse muP, arXiv 2405.15743).
+    parameters, as wholes (the positions beside a pruned embedding), over (1 - sparsity)^lr_power; 1: sparse muP, arXiv 2405.15743.
     Memory beyond `base`: `state[p]['mask']`, one bool a weight (True = keep); movement needs `initial` besides, one more
     number a weight, bitter10 three, hence only with allow_extra_memory=True. ValueError: what cannot be done.
     """
