@@ -25,7 +25,7 @@ from torch.nn import functional as F
 import anatomy
 from export import starting_weights
 from files import read_json, write_json
-from memory import size
+from memory import ran_out, size
 from model import GPT, model_config
 from optim import learning_rate_at
 from preflight import effective_batch, preflight
@@ -116,7 +116,9 @@ def train_plain_if_it_fits(s, machine, data):
     """train_plain, or None if memory runs out: it has no ladder."""
     try:
         return train_plain(s, machine, data, print)
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not ran_out(error):
+            raise
         print(f'plain step: left out, {str(error).splitlines()[0]}')
 
 

@@ -47,6 +47,11 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
 
 
+def ran_out(error):
+    """Whether this RuntimeError is for lack of memory; inside the compiler it arrives wrapped."""
+    return isinstance(error, torch.OutOfMemoryError) or 'out of memory' in str(error).lower()
+
+
 def size(n):
     return f'{n / 2**30:.2f} GiB' if n >= 2**28 else f'{n / 2**20:.1f} MiB'
 

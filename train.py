@@ -25,7 +25,7 @@ from torch._dynamo.utils import counters
 from export import starting_weights
 from files import write_json
 from flat import accumulate, add_each, clear, flatten, gradient_norm, load_named_state, named_state
-from memory import ladder, peak_memory
+from memory import ladder, peak_memory, ran_out
 from model import GPT, model_config
 from optim import build_optimizer, learning_rate_at
 from preflight import checkpoint_to_resume, effective_batch, is_finished, optimizer_options, preflight, table
@@ -301,10 +301,10 @@ def within_memory(run, work):
         failure = None
         try:
             result = work(run)
-        except RuntimeError as error:  # out of memory inside the compiler arrives wrapped
+        except RuntimeError as error:
             if 'found no compiled frames' in str(error):  # newer PyTorch with TORCH_COMPILE_DISABLE=1
                 raise Refused(NOTHING_COMPILED) from None
-            if not isinstance(error, torch.OutOfMemoryError) and 'out of memory' not in str(error).lower():
+            if not ran_out(error):
                 raise
             failure = '. '.join(str(error).splitlines()[0].split('. ')[:2]).rstrip('.') + '.'  # torch goes on about the allocator
         if run.machine.world > 1 and run.progress.step == run.start_step:  # agreed on in the first step of a session only:

@@ -110,6 +110,16 @@ def test_startup_and_table(benched):
     assert 'difference in late loss' in told and 'mean of the 10 losses logged in the last 50 steps' in told
 
 
+@pytest.mark.parametrize('error', [torch.OutOfMemoryError, RuntimeError])  # inside the compiler it arrives as the latter
+def test_plain_step_that_does_not_fit_is_left_out(tiny, tmp_path, monkeypatch, capsys, error):
+    def runs_out(*told):
+        raise error('CUDA out of memory.')
+    monkeypatch.setattr(bench, 'train_plain', runs_out)
+    assert bench.main([*tiny(), f'--json={tmp_path / "r.json"}']) == 0
+    assert json.loads((tmp_path / 'r.json').read_text())['plain'] is None
+    assert 'plain step: left out, CUDA out of memory.' in capsys.readouterr().out
+
+
 def test_failed_training_ends_it_with_its_code(tiny, tmp_path, capsys):
     assert bench.main([*tiny(learning_rate=1e30, grad_clip=0), f'--json={tmp_path / "r.json"}']) == 3
     assert not (tmp_path / 'r.json').exists() and 'not finite' in capsys.readouterr().out
