@@ -225,7 +225,7 @@ def measured_memory(run, gpu):
     parts['rest'] = peak - sum(parts.values())
     named = list(run.model.named_parameters())
     pruned = sum(p.numel() for name, p in named if name in prunable(named, run.settings.prune_scope))
-    predicted = predicted_memory(run.active, run.model.config, run.machine.dtype, run.model.parameter_count(), pruned)
+    predicted = predicted_memory(run.active, run.model.config, run.machine.dtype, run.model.parameter_count(), pruned, gpu)
     return dict(measured=parts, predicted=predicted, peak=peak)
 
 

@@ -5,7 +5,7 @@ import sys
 import torch
 
 
-def predicted_memory(s, config, dtype, parameters, prunable):
+def predicted_memory(s, config, dtype, parameters, prunable, gpu=False):
     """{part: bytes} on one device. Activations are an estimate, the rest is counted.
 
     A compiled block keeps 12 widths a token (residual x 2, norms x 2, qkv x 3, attention, 4 of the MLP), 10 of them if it may
@@ -30,7 +30,7 @@ def predicted_memory(s, config, dtype, parameters, prunable):
         'gradients': parameters * (4 + element),
         'pruning': prunable * per_weight(s, element) if s.prune_score != 'none' else 0,
         'activations': s.n_layer * a_block + 2 * tokens * s.n_embd * element,
-        'logits': chunk * (element if s.compile else element + 4 * 4) + config.padded_vocab_size * s.n_embd * (4 + 2 * element),
+        'logits': chunk * (element if gpu or s.compile else element + 4 * 4) + config.padded_vocab_size * s.n_embd * (4 + 2 * element),
     }
 
 

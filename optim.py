@@ -306,6 +306,7 @@ class AdamWPrune(AdamWSPAM):
         self.score, self.target, self.start, self.end, self.interval = score, target_sparsity, start, end, interval
         self.schedule, self.regrow, self.srste, self.pattern = schedule, regrow, srste, pattern
         self.allocation, self.lr_power = allocation, lr_power
+        self.last = start if pattern == '2:4' and not regrow else end  # updates after which the masks are final
         self.shared.update(masked_at=-1, pruned=0)  # updates done at the last choice of masks; weights pruned by it
         self.check(allow_extra_memory)
 
@@ -366,7 +367,7 @@ class AdamWPrune(AdamWSPAM):
 
     @property
     def frozen(self):
-        return self.shared['masked_at'] >= self.end
+        return self.shared['masked_at'] >= self.last
 
     def state_of(self, p):
         new = not self.state[p]
@@ -396,7 +397,7 @@ class AdamWPrune(AdamWSPAM):
         if self.score == 'bitter10' and not self.frozen:
             self.track(now['finite'])
         n = self.shared['updates']
-        due = self.end if n >= self.end else n - (n - self.start) % self.interval  # the latest choice that should be
+        due = self.last if n >= self.last else n - (n - self.start) % self.interval  # the latest choice that should be
         if n >= self.start and due > self.shared['masked_at'] and not (self.cycle and self.cycle.recovering(n - 1)):
             self.choose_masks(n)
 

@@ -228,7 +228,7 @@ def table(s, machine, data, model, start_step):
                       'and a head width that fused kernels support, or permit it with --allow_math_attention=True')
     named = dict(model.named_parameters())
     prunable = sum(named[name].numel() for name in prune.prunable(named.items(), s.prune_scope))
-    memory = predicted_memory(s, model.config, machine.dtype, model.parameter_count(), prunable)
+    memory = predicted_memory(s, model.config, machine.dtype, model.parameter_count(), prunable, machine.device.type == 'cuda')
     peak = f'{machine.peak_flops / 1e12:.0f} TFLOP/s peak in bfloat16' if machine.peak_flops else 'peak unknown, no MFU'
     micro = s.gradient_accumulation_steps // machine.world
     rows = [

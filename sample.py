@@ -55,7 +55,7 @@ def check(s, vocab_size):
     if s.prompts_file:
         problems += unused(s, 'prompt', 'no prompts_file')
     if s.temperature == 0:
-        problems += unused(s, 'top_k top_p seed', 'a temperature above 0')
+        problems += unused(s, 'top_k top_p seed num_samples', 'a temperature above 0')
     if s.score:
         problems += unused(s, 'prompt prompts_file num_samples max_new_tokens temperature top_k top_p seed', 'no score')
     return problems
@@ -87,7 +87,7 @@ def draw(logits, temperature, top_k, top_p, generators):
     """One token a row from logits (B, vocab_size) on the CPU, each row by its own generator -> list of B ints."""
     if temperature == 0:
         return logits.argmax(-1).tolist()
-    logits = logits / temperature
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # the highest at 0, or a low temperature makes it infinite
     if 0 < top_k < logits.size(-1):
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
     probabilities = logits.softmax(-1)
@@ -183,11 +183,13 @@ def main(argv):
     lines = read_text(s.prompts_file, 'prompts_file').replace('\r\n', '\n').removesuffix('\n').split('\n') if s.prompts_file else [s.prompt]
     prompts = [line for line in lines for _ in range(s.num_samples)]
     seeds = [s.seed + 1_000_003 * number for _ in lines for number in range(s.num_samples)]
+    encoded = [tokenizer.encode(prompt) or [tokenizer.eot] for prompt in prompts]
+    if max(map(len, encoded)) > model.config.block_size:
+        print(f'note: the model sees the last block_size={model.config.block_size} tokens of a prompt', file=sys.stderr)
     cache = new_cache(model.config, len(prompts), machine.device, machine.dtype)
     start = time.monotonic()
     count = print_texts(tokenizer, prompts, generate(
-        model, cache, [tokenizer.encode(prompt) or [tokenizer.eot] for prompt in prompts], seeds, s.max_new_tokens, s.temperature,
-        s.top_k, s.top_p, tokenizer.eot), tokenizer.eot)
+        model, cache, encoded, seeds, s.max_new_tokens, s.temperature, s.top_k, s.top_p, tokenizer.eot), tokenizer.eot)
     print(f'{count} tokens, {count / (time.monotonic() - start):.1f} a second, in {len(prompts)} texts; cache {size(cache.bytes())}',
           file=sys.stderr)
     return 0

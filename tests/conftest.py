@@ -16,6 +16,7 @@ import prepare  # noqa: E402
 import train  # noqa: E402
 from rundir import load_checkpoint, read_metrics  # noqa: E402
 from settings import Refused  # noqa: E402
+from texts import shards, small_gpt2, stdlib_like  # noqa: E402,F401  (fixtures)
 
 torch.set_num_threads(1)  # tiny tensors; and two threads that share two busy cores with others spin
 

@@ -153,7 +153,7 @@ def test_2_4_takes_two_of_four_at_once():
     for step in range(1, 25):
         gradients(params, step)
         optimizer.step()
-        assert optimizer.sparsity == 0.5
+        assert optimizer.sparsity == 0.5 and optimizer.frozen and optimizer.shared['masked_at'] == 1  # chosen once
         for weight, mask in weights_and_masks(optimizer, params):
             assert (mask.view(-1, 4).sum(1) == 2).all() and (weight[~mask] == 0).all()
         if step == 1:

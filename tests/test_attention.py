@@ -266,7 +266,11 @@ def test_compiled_blocks_keep_what_is_predicted_for_the_backward(monkeypatch, to
         hidden = torch.compile(model.hidden, fullgraph=True, dynamic=False, backend=aot_autograd(
             fw_compiler=lambda graph, inputs: graph.forward, partition_fn=min_cut_rematerialization_partition))
         saved = {}
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.setdefault(t.untyped_storage().data_ptr(), t), lambda t: t):
+
+        def keep(t, saved=saved):
+            return saved.setdefault(t.untyped_storage().data_ptr(), t)
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
             hidden(torch.zeros(4, 256, dtype=torch.int64))
         weights = {p.data_ptr() for p in model.parameters()}
         kept[layers] = sum(t.untyped_storage().nbytes() for key, t in saved.items() if key not in weights and t.is_floating_point())

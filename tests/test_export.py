@@ -433,7 +433,9 @@ def test_attention_that_the_format_does_not_know(tiny, tmp_path, told, problem):
 
 NASTY = [
     "Hello world, it's  two   spaces\t\ttabs\n\n\nlines \n x", '', ' ', '\n', "don't we'll I'VE 'S ''s", '\x00\x01\x7f\x80\xad\xa0\u2028',
-    'naïve façade ß ﬁ Å A\u030a', '漢字かな交じり文 한국어', 'العربية עברית हिन्दी', '👩‍👩‍👧‍👦🏳️‍🌈 🤷🏽', '١٢٣ ½ ² Ⅷ 1234567890', 'the other thether',
+    'naïve façade ß ﬁ Å A\u030a', '漢字かな交じり文 한국어', 'العربية עברית हिन्दी',
+    '👩‍👩‍👧‍👦🏳️‍🌈 🤷🏽',
+    '١٢٣ ½ ² Ⅷ 1234567890', 'the other thether',
     'def f(x):\n\treturn {"a": [1, 2.5e-3]}  # !!!???...', '\u200b\ufeff\u2003x\u3000y', 'a' * 300 + ' ' * 300 + 'b',
     ''.join(map(chr, range(256))), '___--- ~~~ ``` <|end <|endoftext', '\r\n\r\n  \r x']
 

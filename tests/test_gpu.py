@@ -25,7 +25,7 @@ def summary(folder):
 def test_compiles_without_breaks_and_learns(tiny, tmp_path):
     assert train.main(tiny(**ON_GPU, max_iters=60)) == 0
     result = summary(tmp_path / 'run')
-    # blocks and loss, each with and without gradients; updates of blocks, embeddings and vectors
+    # blocks with and without gradients; the sum of gradients; updates of blocks, embeddings and vectors
     assert result['compiled_graphs'] == 6 and result['graph_breaks'] == 0
     assert result['val_loss'] < 4.0 and result['rung'] == 0
 

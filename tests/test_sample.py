@@ -120,7 +120,7 @@ def test_prompts_of_a_file_are_what_each_is_alone(trained, tmp_path, capsys):
     assert together.out == alone.out and together.out.count('\n---\n') == 8
     texts = together.out.split('\n---\n')
     assert all(text.startswith(line) for line, text in zip([x for x in lines for _ in 'ab'], texts)) and texts[0] != texts[1]
-    count, rate, rows, _ = re.fullmatch(r'(\d+) tokens, ([\d.]+) a second, in (\d) texts; cache ([\d.]+ MiB)\n', together.err).groups()
+    count, rate, rows, _ = re.fullmatch(r'note: .*\n(\d+) tokens, ([\d.]+) a second, in (\d) texts; cache ([\d.]+ MiB)\n', together.err).groups()
     assert int(count) <= 8 * 40 and float(rate) > 0 and rows == '8'
 
 
@@ -138,6 +138,15 @@ def test_a_single_text_is_the_same_streamed(trained, capsys):
     streamed = capsys.readouterr().out
     command(trained, *told, '--num_samples=2')
     assert capsys.readouterr().out.startswith(streamed) and '\ufffd' in streamed  # random bytes are no UTF-8
+
+
+def test_a_very_low_temperature_is_greedy_and_a_long_prompt_is_told(trained, capsys):
+    command(trained, '--prompt=abc', '--max_new_tokens=20', '--temperature=0')
+    greedy = capsys.readouterr()
+    command(trained, '--prompt=abc', '--max_new_tokens=20', '--temperature=1e-40', '--top_p=0.9')
+    assert capsys.readouterr().out == greedy.out and 'note' not in greedy.err
+    command(trained, f'--prompt={"abc" * 20}', '--max_new_tokens=1')
+    assert capsys.readouterr().err.startswith('note: the model sees the last block_size=32 tokens of a prompt\n')
 
 
 def test_a_character_is_printed_once_it_is_whole(capsys):
@@ -198,8 +207,8 @@ REFUSED = {
     'top_p': (['--top_p=0'], ['top_p=0.0: must be above 0 and at most 1']),
     'seed': ([f'--seed={2**63}'], ['seed=9223372036854775808: must be below 2^63, which PyTorch takes']),
     'two prompts': (['--prompt=a', '--prompts_file=b'], ["prompt='a': acts only with no prompts_file; leave it out"]),
-    'greedy': (['--temperature=0', '--top_k=5', '--seed=3'], ['top_k=5: acts only with a temperature above 0; leave it out',
-                                                              'seed=3: acts only with a temperature above 0; leave it out']),
+    'greedy': (['--temperature=0', '--top_k=5', '--seed=3', '--num_samples=2'], [
+        f'{told}: acts only with a temperature above 0; leave it out' for told in ('top_k=5', 'seed=3', 'num_samples=2')]),
     'score and text': (['--score=x', '--prompt=a', '--top_p=0.5'], ["prompt='a': acts only with no score; leave it out",
                                                                      'top_p=0.5: acts only with no score; leave it out']),
     'no file': (['--score=none.txt'], ["score='none.txt' cannot be read: No such file or directory"]),
