@@ -279,6 +279,19 @@ def test_compiled_blocks_keep_what_is_predicted_for_the_backward(monkeypatch, to
     assert kept[3] - kept[2] == pytest.approx(predicted[3] - predicted[2], rel=0.025)  # it leaves out two statistics a norm, one a head
 
 
+def test_compiled_gradients_are_those_of_the_plain_model():
+    """With all that the compiled backward computes again: GELU, expanded keys and values, wide queries and keys."""
+    model = lively(**MLA, ra_learned=True, ra_window=-1, n_layer=1)
+    idx = torch.randint(131, (2, 48), generator=torch.Generator().manual_seed(3))
+    model(idx, idx).backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    model.compile_parts()
+    model(idx, idx).backward()
+    for name, p in model.named_parameters():
+        assert (p.grad - expected[name]).norm() <= 1e-5 * expected[name].norm(), name
+
+
 def test_backend_of_each_attention_is_named():
     def named(**told):
         return attention.attention_backend(GPTConfig(**SMALL, **told), 2, 'cpu', torch.float32)
