@@ -21,6 +21,7 @@ target_sparsity = 0.5
 prune_start = 300
 prune_end = 800  # the rest is recovery
 prune_interval = 25
+prune_lr_power = 1.0  # survivors at up to twice the rate: docs/LAB_NOTES.md
 eval_interval = 100
 eval_tokens = 65_536
 log_interval = 20
