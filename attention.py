@@ -54,8 +54,8 @@ def attend(q, k, v, alpha=None, window=-1, scale=None, dropout=0.0):
     T, D = q.shape[-2:]
     scale = scale or D ** -0.5
     if window < 0 or window >= T - 1:
-        wide = recomputed(widened, q, k, v, alpha)
-        y = F.scaled_dot_product_attention(*wide, is_causal=True, dropout_p=dropout, scale=scale)
+        wide_v = recomputed(F.pad, v, (0, D))  # filled up with zeros, for fused kernels want one width for all three
+        y = F.scaled_dot_product_attention(*recomputed(widened, q, k, alpha), wide_v, is_causal=True, dropout_p=dropout, scale=scale)
         return y[..., :D]
     if dropout:
         raise ValueError(f'dropout={dropout} window={window}: the kernels of the window have no dropout')
@@ -67,10 +67,9 @@ def per_head(alpha):
     return alpha[:, None, None] if torch.is_tensor(alpha) else alpha
 
 
-def widened(q, k, v, alpha):
-    """(q', k', v'), each (B, H, T, 2D), with q'_i . k'_j = q_i . k_j + alpha q_j . k_i, and v filled up with zeros, for fused
-    kernels want one width for all three."""
-    return torch.cat([q, (per_head(alpha) * k).to(q.dtype)], -1), torch.cat([k, q], -1), F.pad(v, (0, v.size(-1)))
+def widened(q, k, alpha):
+    """(q', k'), each (B, H, T, 2D), with q'_i . k'_j = q_i . k_j + alpha q_j . k_i."""
+    return torch.cat([q, (per_head(alpha) * k).to(q.dtype)], -1), torch.cat([k, q], -1)
 
 
 def dense_reciprocal(q, k, v, alpha, window, scale):
@@ -94,7 +93,7 @@ def banded(q, k, v, alpha, window, scale):
     At T = 1024, W = 64 the band touches 15 of the 36 causal 128 x 128 blocks, at 3/2 of their cost: + 62% of plain attention.
     """
     band_mask, rest_mask = block_masks(q.size(-2), window, q.device)
-    wide_q, wide_k, _ = recomputed(widened, q, k, v, alpha)
+    wide_q, wide_k = recomputed(widened, q, k, alpha)
     # Inside a compiled model it is compiled with the model, else on its own; never left unfused on a GPU.
     flex = flex_attention if torch.compiler.is_compiling() or not q.is_cuda else compiled_flex
     band, of_band = flex(wide_q, wide_k, v, block_mask=band_mask, scale=scale, return_aux=AuxRequest(lse=True))

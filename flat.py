@@ -17,7 +17,7 @@ class Flat(NamedTuple):
     """Parameters of one kind, end to end in memory."""
     parameter: nn.Parameter  # (N,) working weights; `main_grad` (N,) float32 holds the accumulated gradient
     layout: dict  # name -> (offset, shape)
-    members: list  # the model's parameters, in this order, views of `parameter`
+    members: list  # (parameter of the model, a view of `parameter`; its part of `main_grad`), in this order
 
     def views(self, flat):
         """name -> view of `flat` (N,), which may be the weights, a moment, a mask ..."""
@@ -42,11 +42,12 @@ def flatten_kind(named, dtype):
         layout[name] = (size, p.shape)
         size += -(-p.numel() // 64) * 64  # kernels want 128-byte aligned starts; the gaps stay zero
     device = named[0][1].device
-    flat = Flat(nn.Parameter(torch.zeros(size, dtype=dtype, device=device), requires_grad=False), layout, [p for _, p in named])
+    flat = Flat(nn.Parameter(torch.zeros(size, dtype=dtype, device=device), requires_grad=False), layout, [])
     flat.parameter.main_grad = torch.zeros(size, dtype=torch.promote_types(dtype, torch.float32), device=device)
-    weights = flat.views(flat.parameter.data)
+    weights, grads = flat.views(flat.parameter.data), flat.views(flat.parameter.main_grad)
     for name, p in named:
         p.data = weights[name].copy_(p.data)
+        flat.members.append((p, grads[name]))
     return flat
 
 
@@ -54,7 +55,7 @@ def clear(flats):
     """Set all gradients to 0, also what a backward that failed halfway has left behind."""
     for flat in flats:
         flat.parameter.main_grad.zero_()
-        for p in flat.members:
+        for p, _ in flat.members:
             p.grad = None
 
 
@@ -65,10 +66,9 @@ def add_each(sums, terms):
 
 def accumulate(flats, add=add_each):
     """Add the gradients of the last backward to `main_grad` and free them. add: add_each, compiled or not."""
-    pairs = [(main_grad, p) for flat in flats for main_grad, p in zip(flat.views(flat.parameter.main_grad).values(), flat.members)
-             if p.grad is not None]
-    add([main_grad for main_grad, _ in pairs], [p.grad for _, p in pairs])
-    for _, p in pairs:
+    pairs = [(p, main_grad) for flat in flats for p, main_grad in flat.members if p.grad is not None]
+    add([main_grad for _, main_grad in pairs], [p.grad for p, _ in pairs])
+    for p, _ in pairs:
         p.grad = None
 
 

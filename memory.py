@@ -4,6 +4,8 @@ import sys
 
 import torch
 
+from attention import is_reciprocal
+
 
 def predicted_memory(s, config, dtype, parameters, prunable, gpu=False):
     """{part: bytes} on one device. Activations are an estimate, the rest is counted.
@@ -19,8 +21,7 @@ def predicted_memory(s, config, dtype, parameters, prunable, gpu=False):
     kept = 12 * (1 if s.activation_budget == 1 else min(10 / 12, s.activation_budget)) if s.compile else 17
     latents = s.latent_dim / s.n_embd if s.attention == 'mla' else 0
     kept += (2 * latents - 2 * bool(latents)) if s.compile else (4 if s.latent_norm else 2) * latents
-    reciprocal = s.ra_learned or s.ra_alpha != 0
-    kept += (2 + bool(latents) if s.compile else 7) * reciprocal
+    kept += (2 + bool(latents) if s.compile else 7) * is_reciprocal(config)
     a_block = int((kept * element + (0 if s.compile else 2 * 4)) * tokens * s.n_embd)
     chunk = min(s.loss_chunk_tokens, tokens) * config.padded_vocab_size
     return {

@@ -346,8 +346,8 @@ class AdamWPrune(AdamWSPAM):
 
     def scope(self):
         """[(group, parameter, name in the layout or '', shape)] of all that is pruned, in order."""
-        return [(group, p, name, piece.shape) for group in self.param_groups for p in group['params']
-                if 'layout' in group or p.dim() >= 2 for name, piece in pieces(group, p).items()
+        return [(group, p, name, shape) for group in self.param_groups for p in group['params']
+                if 'layout' in group or p.dim() >= 2 for name, (_, shape) in group.get('layout', {'': (0, p.shape)}).items()
                 if 'layout' not in group or name in group.get('prunable', ())]
 
     def scoped_parameters(self):
@@ -461,7 +461,7 @@ class AdamWPrune(AdamWSPAM):
             return total, None
         names = [name for _, _, name, _ in self.scope()]
         layers = prune.depths(names) if any(names) else range(len(names))
-        shares = prune.layer_sparsities(sizes, layers, sparsity, *(() if self.score == 'bitter4' else (1.0, 1.0, 1.0)))
+        shares = prune.layer_sparsities(sizes, layers, sparsity, **({} if self.score == 'bitter4' else dict(first=1.0, last=1.0, cap=1.0)))
         counts = [round(share * size) for share, size in zip(shares, sizes)]
         before = self.shared.get('counts', [0] * len(counts))
         if not self.regrow:  # rounding may hand a matrix one weight less than before, which would have to regrow

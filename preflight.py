@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 import prune
-from attention import attention_backend
+from attention import attention_backend, is_reciprocal
 from export import problems_of, read_gpt2
 from files import read_json
 from flat import flatten
@@ -261,7 +261,7 @@ def attention_plan(s):
     if s.attention == 'mla':
         shared = [what for what, of_its_own in (('keys', s.per_head_q_latent), ('values', s.per_head_v_up)) if not of_its_own]
         parts.append(f'latent, 2 x {s.latent_dim} wide' + (f', {" and ".join(shared)} the same in all heads' if shared else ''))
-    if s.ra_learned or s.ra_alpha:
+    if is_reciprocal(s):
         reach = 'over all earlier tokens' if s.ra_window < 0 else f'{s.ra_window} tokens back'
         parts.append(f'reciprocal {reach}, ' + ('learned from ' if s.ra_learned else 'times ') + f'{s.ra_alpha:g}')
     return ''.join(f'{part}; ' for part in parts)

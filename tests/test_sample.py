@@ -120,7 +120,8 @@ def test_prompts_of_a_file_are_what_each_is_alone(trained, tmp_path, capsys):
     assert together.out == alone.out and together.out.count('\n---\n') == 8
     texts = together.out.split('\n---\n')
     assert all(text.startswith(line) for line, text in zip([x for x in lines for _ in 'ab'], texts)) and texts[0] != texts[1]
-    count, rate, rows, _ = re.fullmatch(r'note: .*\n(\d+) tokens, ([\d.]+) a second, in (\d) texts; cache ([\d.]+ MiB)\n', together.err).groups()
+    told = re.fullmatch(r'note: .*\n(\d+) tokens, ([\d.]+) a second, in (\d) texts; cache ([\d.]+ MiB)\n', together.err)
+    count, rate, rows, _ = told.groups()
     assert int(count) <= 8 * 40 and float(rate) > 0 and rows == '8'
 
 

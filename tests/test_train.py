@@ -249,8 +249,17 @@ def test_ladder_keeps_the_effective_batch_and_the_result(tiny, tmp_path, memory_
             'the effective batch stays 8\n') in log and log.count('OUT OF MEMORY') == 3
 
 
-def test_memory_that_runs_out_in_the_middle_of_a_step_loses_nothing(tiny, tmp_path, monkeypatch):
+def assert_one_rung_changes_no_loss(tiny, tmp_path, monkeypatch, fails_once):
+    """fails_once: a GPT.forward whose memory runs out at step 4."""
     train.main(tiny(batch_size=2, eps=1e-3, out_dir=tmp_path / 'straight'))
+    monkeypatch.setattr(GPT, 'forward', fails_once)
+    assert train.main(tiny(batch_size=2, eps=1e-3)) == 0
+    assert summary(tmp_path / 'run')['rung'] == 1 and 'OUT OF MEMORY at step 4 ' in text_log(tmp_path / 'run')
+    straight, run = losses(tmp_path / 'straight'), losses(tmp_path / 'run')
+    assert all(abs(straight[step] - run[step]) < 1e-5 for step in straight)
+
+
+def test_memory_that_runs_out_in_the_middle_of_a_step_loses_nothing(tiny, tmp_path, monkeypatch):
     forward, calls = GPT.forward, []
 
     def fails_once(self, idx, targets=None):
@@ -259,15 +268,10 @@ def test_memory_that_runs_out_in_the_middle_of_a_step_loses_nothing(tiny, tmp_pa
             raise torch.OutOfMemoryError('out of memory')
         return forward(self, idx, targets)
 
-    monkeypatch.setattr(GPT, 'forward', fails_once)
-    assert train.main(tiny(batch_size=2, eps=1e-3)) == 0
-    assert summary(tmp_path / 'run')['rung'] == 1 and 'OUT OF MEMORY at step 4 ' in text_log(tmp_path / 'run')
-    straight, run = losses(tmp_path / 'straight'), losses(tmp_path / 'run')
-    assert all(abs(straight[step] - run[step]) < 1e-5 for step in straight)
+    assert_one_rung_changes_no_loss(tiny, tmp_path, monkeypatch, fails_once)
 
 
 def test_memory_that_runs_out_in_the_middle_of_a_backward_leaves_no_gradients_behind(tiny, tmp_path, monkeypatch):
-    train.main(tiny(batch_size=2, eps=1e-3, out_dir=tmp_path / 'straight'))
     forward, calls = GPT.forward, []
 
     def runs_out(grad):
@@ -280,11 +284,7 @@ def test_memory_that_runs_out_in_the_middle_of_a_backward_leaves_no_gradients_be
             self.blocks[0].mlp.fc.weight.register_hook(lambda grad: runs_out(grad) if calls.count(True) == 8 else grad)
         return loss
 
-    monkeypatch.setattr(GPT, 'forward', fails_once)
-    assert train.main(tiny(batch_size=2, eps=1e-3)) == 0
-    assert summary(tmp_path / 'run')['rung'] == 1 and 'OUT OF MEMORY at step 4 ' in text_log(tmp_path / 'run')
-    straight, run = losses(tmp_path / 'straight'), losses(tmp_path / 'run')
-    assert all(abs(straight[step] - run[step]) < 1e-5 for step in straight)
+    assert_one_rung_changes_no_loss(tiny, tmp_path, monkeypatch, fails_once)
 
 
 def test_ladder_may_be_forbidden_and_may_end(tiny, tmp_path, memory_for):
