@@ -3,7 +3,6 @@
 Shapes: B batch, T new tokens, C width (n_embd), H heads, D head width (C / H), L latent width, S tokens in all, W window.
 The logits of token i for token j <= i are S_ij = q_i . k_j times the scale; RA makes them S_ij + alpha 1[i - j <= W] S_ji.
 """
-import importlib.util
 import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -11,8 +10,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
-from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
+
+from reciprocal import dense_reciprocal, fused_runs, per_head, widened, windowed
 
 
 class Linear(nn.Linear):
@@ -59,98 +59,29 @@ def attend(q, k, v, alpha=None, window=-1, scale=None, dropout=0.0):
         return y[..., :D]
     if dropout:
         raise ValueError(f'dropout={dropout} window={window}: the kernels of the window have no dropout')
-    return (banded if flex_runs(q.device.type, q.dtype, D) else dense_reciprocal)(q, k, v, alpha, window, scale)
-
-
-def per_head(alpha):
-    """alpha, a number or (H,), as a factor of (B, H, T, anything)."""
-    return alpha[:, None, None] if torch.is_tensor(alpha) else alpha
-
-
-def widened(q, k, alpha):
-    """(q', k'), each (B, H, T, 2D), with q'_i . k'_j = q_i . k_j + alpha q_j . k_i."""
-    return torch.cat([q, (per_head(alpha) * k).to(q.dtype)], -1), torch.cat([k, q], -1)
-
-
-def dense_reciprocal(q, k, v, alpha, window, scale):
-    """Reciprocal attention by its formula, with all (B, H, T, T) logits: the CPU's, and what the fused one is tested against."""
-    T, exact = q.size(-2), torch.promote_types(q.dtype, torch.float32)
-    token = torch.arange(T, device=q.device)
-    back = token[:, None] - token  # (T, T): i - j
-    logits = q.to(exact) @ k.to(exact).mT * scale  # (B, H, T, T)
-    logits = logits + torch.where((back >= 0) & (back <= window), per_head(alpha) * logits.mT, 0)
-    return logits.masked_fill(back < 0, -math.inf).softmax(-1).to(v.dtype) @ v
-
-
-def flex_runs(device_type, dtype, head_width):
-    """True if FlexAttention's kernels can do it: Triton on a GPU, products of at least 16 elements, no float64."""
-    return device_type == 'cuda' and HAS_TRITON and head_width >= 16 and dtype != torch.float64
-
-
-def banded(q, k, v, alpha, window, scale):
-    """Reciprocal attention with a window by FlexAttention: the band i - j <= W in double width, the rest plain.
-
-    At T = 1024, W = 64 the band touches 15 of the 36 causal 128 x 128 blocks, at 3/2 of their cost: + 62% of plain attention.
-    """
-    band_mask, rest_mask = block_masks(q.size(-2), window, q.device)
-    wide_q, wide_k = recomputed(widened, q, k, alpha)
-    # Inside a compiled model it is compiled with the model, else on its own; never left unfused on a GPU.
-    flex = flex_attention if torch.compiler.is_compiling() or not q.is_cuda else compiled_flex
-    band, of_band = flex(wide_q, wide_k, v, block_mask=band_mask, scale=scale, return_aux=AuxRequest(lse=True))
-    rest, of_rest = flex(q, k, v, block_mask=rest_mask, scale=scale, return_aux=AuxRequest(lse=True))
-    return merge(band, of_band.lse, rest, of_rest.lse)
-
-
-def merge(band, band_lse, rest, rest_lse):
-    """Attention over two sets of keys from the attention over each (B, H, T, D) and its log-sum-exp (B, H, T).
-
-    The softmax over both gives the rest e^rest_lse / (e^rest_lse + e^band_lse). Where it is empty, rest_lse = -inf, the
-    sigmoid and its derivative are exactly 0; the band is never empty, for it holds the diagonal.
-    """
-    share = torch.sigmoid(rest_lse - band_lse)[..., None]
-    return (band + share * (rest.to(share.dtype) - band)).to(band.dtype)
-
-
-MASKS = {}  # (T, window, device) -> (band, rest)
-
-
-def block_masks(T, window, device):
-    """FlexAttention's masks of the band i - j <= window and of the rest of the causal triangle, built once.
-
-    A compiled function must find them here already (GPT.compile_parts sees to it), or it builds them in each call.
-    """
-    if (T, window, device) in MASKS:
-        return MASKS[T, window, device]
-
-    def band(b, h, i, j):
-        return (i >= j) & (i - j <= window)
-
-    def rest(b, h, i, j):
-        return i - j > window
-
-    masks = tuple(create_block_mask(mask, None, None, T, T, device=device) for mask in (band, rest))
-    if not torch.compiler.is_compiling():
-        MASKS[T, window, device] = masks
-    return masks
-
-
-HAS_TRITON = importlib.util.find_spec('triton') is not None
-compiled_flex = torch.compile(flex_attention, fullgraph=True, dynamic=False)  # fullgraph: rather an error than unfused
+    if not fused_runs(q.device.type, q.dtype, D):
+        return dense_reciprocal(q, k, v, alpha, window, scale)
+    weight = alpha if torch.is_tensor(alpha) else torch.full((q.size(1),), alpha, device=q.device)
+    return windowed(q, k, v, weight, window, scale)[0].transpose(1, 2)
 
 
 def is_reciprocal(config):
     return config.ra_learned or config.ra_alpha != 0
 
 
+def has_window(config):
+    """Whether RA's window cuts anything off."""
+    return is_reciprocal(config) and 0 <= config.ra_window < config.block_size - 1
+
+
 def attention_backend(config, batch_size, device, dtype):
-    """Name of the kernel family that runs this model's attention here: 'flash', 'cudnn', 'flex' ..., or 'math', unfused.
+    """Name of the kernel family that runs this model's attention here: 'flash', 'cudnn', 'windowed' (reciprocal.py) ..., or 'math', unfused.
 
     Asks PyTorch's own dispatcher with tensors of the real shapes, so it is what runs, not what was hoped for.
     """
     D, reciprocal = config.n_embd // config.n_head, is_reciprocal(config)
-    if reciprocal and 0 <= config.ra_window < config.block_size - 1:
-        runs = flex_runs(torch.device(device).type, dtype, D) and not torch._dynamo.config.disable
-        return 'flex' if runs else 'math'
+    if has_window(config):
+        return 'windowed' if fused_runs(torch.device(device).type, dtype, D) else 'math'
     shape = (batch_size, config.block_size, 3, config.n_head, 2 * D if reciprocal else D)
     qkv = torch.empty(shape, device=device, dtype=dtype, requires_grad=True)
     q, k, v = qkv.permute(2, 0, 3, 1, 4)

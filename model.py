@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from attention import Attention, LatentAttention, Linear, block_masks, is_reciprocal, recomputed, up_std
+from attention import Attention, LatentAttention, Linear, is_reciprocal, recomputed, up_std
 from loss import ChunkedCrossEntropy, chunked_loss, loss_chunk
 
 
@@ -145,9 +145,6 @@ class GPT(nn.Module):
 
         In one graph the compiler schedules the head's matrix products of all chunks first and holds all logits.
         """
-        c, weight = self.config, self.token_embedding.weight
-        if is_reciprocal(c) and weight.is_cuda and 0 <= c.ra_window < c.block_size - 1:
-            block_masks(c.block_size, c.ra_window, weight.device)
         self.hidden = torch.compile(self.hidden, fullgraph=True, dynamic=False)
         self.loss_chunk = torch.compile(loss_chunk, fullgraph=True, dynamic=False)
 

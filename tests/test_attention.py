@@ -1,6 +1,7 @@
 """attention.py against float64 oracles written from the formulas, and the cache against reading the whole text."""
 import itertools
 import math
+import os
 import time
 
 import pytest
@@ -12,10 +13,12 @@ from torch._dynamo.backends.common import aot_autograd
 import attention
 import preflight
 import prune
-from attention import attend, banded, dense_reciprocal, merge, new_cache
+import reciprocal
+from attention import attend, new_cache
 from memory import predicted_memory
 from model import GPT, GPTConfig
 from preflight import model_config
+from reciprocal import dense_reciprocal, fused_runs, windowed
 from rundir import save_checkpoint
 from settings import Settings, check, parse
 from shards import open_data
@@ -194,59 +197,53 @@ def test_logits_and_values_start_with_the_spread_of_gpt2(told):
         assert abs(ours / theirs - 1) < 0.2
 
 
-# --- the pieces of the fused form --------------------------------------------------------------------
+# --- the fused form of the window --------------------------------------------------------------------
 
 
-def parts(q, k, v, alpha, window, scale):
-    """Band and rest by dense attention, each with its log-sum-exp: what the fused kernels return."""
-    back = torch.arange(q.size(2))[:, None] - torch.arange(q.size(2))
-    plain = q @ k.mT * scale
-    logits = plain + alpha[:, None, None] * plain.mT
-    result = []
-    for scores, allowed in ((logits, (back >= 0) & (back <= window)), (plain, back > window)):
-        scores = scores.masked_fill(~allowed, -math.inf)
-        shares = torch.where(allowed.any(-1, keepdim=True), scores, 0).softmax(-1).masked_fill(~allowed, 0)  # no NaN where empty
-        result += [shares @ v, scores.logsumexp(-1)]
-    return result
-
-
-@pytest.mark.parametrize('window', [0, 3, 22])
-def test_merging_two_parts_is_attention_over_both(window):
-    inputs = [*qkv(24), torch.tensor([0.5, -1.0, 0.0], dtype=torch.float64, requires_grad=True)]
-    expected, pieces = oracle(*inputs, window, 0.3), parts(*inputs, window, 0.3)
-    assert (pieces[3] == -math.inf).sum() == 2 * 3 * (window + 1)
-    ours = merge(*pieces)
+@pytest.mark.parametrize('T, window', [(2, 0), (24, 0), (24, 1), (24, 7), (24, 22), (80, 64)])
+def test_the_fused_window_and_its_gradients_are_the_formula(T, window):
+    """The operation that a GPU runs, with its kernels' plain twins: the shift beyond the window, the merging, both backwards."""
+    inputs = [*qkv(T), torch.tensor([0.5, -1.0, 0.0], dtype=torch.float64, requires_grad=True)]
+    expected = oracle(*inputs, window, 0.3)
+    upstream = torch.randn(expected.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
+    ours = windowed(*inputs, window, 0.3)[0].transpose(1, 2)
     torch.testing.assert_close(ours, expected, atol=1e-12, rtol=1e-12)
-    # The fused kernels' backward takes the gradient of the log-sum-exp as it comes: it must be finite where that is -inf.
-    leaves = [piece.detach().requires_grad_() for piece in pieces]
-    for gradient in torch.autograd.grad(merge(*leaves).sum(), leaves):
-        assert gradient.isfinite().all()
-    upstream = torch.randn(expected.shape, dtype=torch.float64)
-    kept = (pieces[3].detach() > -math.inf)[..., None]  # dense logsumexp itself has no gradient at an empty row
-    for mine, theirs in zip(*(torch.autograd.grad(y, inputs, upstream * kept, retain_graph=True) for y in (
-            merge(*pieces[:3], torch.where(kept[..., 0], pieces[3], 0)), expected))):
+    for mine, theirs in zip(torch.autograd.grad(ours, inputs, upstream), torch.autograd.grad(expected, inputs, upstream)):
         torch.testing.assert_close(mine, theirs, atol=1e-11, rtol=1e-11)
 
 
-@pytest.mark.filterwarnings('ignore:flex_attention called without')
-@pytest.mark.parametrize('T, window', [(40, 0), (40, 7), (300, 64), (300, 298)])
-def test_the_fused_form_equals_its_dense_twin(T, window):
-    """FlexAttention run unfused, as it can be on a CPU: masks, widths, scale and merge are the fused ones'."""
-    q, k, v = (x.detach().float() for x in qkv(T, D=16))
-    alpha = torch.tensor([0.5, -1.0, 0.0])
-    with torch.no_grad():
-        torch.testing.assert_close(banded(q, k, v, alpha, window, 0.3), dense_reciprocal(q, k, v, alpha, window, 0.3), atol=1e-5, rtol=1e-5)
+@pytest.mark.skipif(not reciprocal.triton or not os.environ.get('TRITON_INTERPRET'), reason='needs TRITON_INTERPRET=1 and Triton')
+@pytest.mark.parametrize('T, D, window', [(40, 16, 0), (150, 64, 64), (150, 16, 20), (200, 32, 100), (100, 128, 98)])
+def test_kernels_of_the_band_are_their_twins(T, D, window):
+    """In Triton's interpreter, on a CPU. tests/test_gpu.py has the compiled ones."""
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(2, T, 3, 3, D, generator=draw).permute(2, 0, 3, 1, 4)
+    alpha, R = torch.tensor([0.5, -1.0, 0.3]), T - window - 1
+    far = reciprocal.far_forward(q[:, :, window + 1:], k[:, :, :R], v[:, :, :R], 0.3)
+    ours = reciprocal.band_forward(q, k, v, alpha, *far, window, 0.3)
+    expected = reciprocal.band_forward_plain(q, k, v, alpha, *far, window, 0.3)
+    grad, far = torch.randn(2, T, 3, D, generator=draw), [torch.randn(2, R, 3, D, generator=draw) for _ in range(3)]
+    ours += reciprocal.band_backward(grad, q, k, v, alpha, *expected, far, window, 0.3)
+    expected += reciprocal.band_backward_plain(grad, q, k, v, alpha, *expected, far, window, 0.3)
+    for mine, theirs in zip(ours, expected):
+        assert (mine - theirs).norm() <= 1e-5 * theirs.norm()
 
 
-def test_the_fused_form_is_one_graph_with_the_model(monkeypatch):
-    """On a GPU the window goes into the model's own graph; traced here, where FlexAttention has no kernels of its own."""
-    monkeypatch.setattr(attention, 'flex_runs', lambda *told: True)
-    model = lively(**RA)
-    attention.block_masks(48, 5, torch.device('cpu'))
-    with torch.no_grad():
-        compiled = torch.compile(model.hidden, fullgraph=True, dynamic=False, backend='aot_eager')(text(model))
-        monkeypatch.undo()
-        torch.testing.assert_close(compiled, model.hidden(text(model)), atol=1e-5, rtol=1e-5)
+def test_the_fused_window_is_one_graph_with_the_model(monkeypatch):
+    monkeypatch.setattr(attention, 'fused_runs', lambda *told: True)
+    model = lively(**RA).double()
+    idx = text(model)
+
+    def result(run):
+        model.zero_grad()
+        y = run(idx)
+        y.square().sum().backward()
+        return [y.detach(), *(p.grad for p in model.parameters())]
+
+    compiled = result(torch.compile(model.hidden, fullgraph=True, dynamic=False, backend='aot_eager'))
+    monkeypatch.undo()
+    for mine, theirs in zip(compiled, result(model.hidden)):
+        torch.testing.assert_close(mine, theirs, atol=1e-10, rtol=1e-10)
 
 
 WIDTHS = {'mha': {}, 'mla': dict(attention='mla', latent_dim=16), 'ra': dict(ra_learned=True, ra_window=20),
@@ -255,14 +252,12 @@ WIDTHS = {'mha': {}, 'mla': dict(attention='mla', latent_dim=16), 'ra': dict(ra_
 
 @pytest.mark.parametrize('told', WIDTHS.values(), ids=WIDTHS)
 def test_compiled_blocks_keep_what_is_predicted_for_the_backward(monkeypatch, told):
-    """Bytes that one block more keeps, of the compiler's own choice; on a CPU FlexAttention is traced, but not run backwards."""
-    monkeypatch.setattr(attention, 'flex_runs', lambda *told: True)
-    monkeypatch.setattr(torch.nn.attention.flex_attention, '_validate_device', lambda *tensors: None)
+    """Bytes that one block more keeps, of the compiler's own choice."""
+    monkeypatch.setattr(attention, 'fused_runs', lambda *told: True)
     sizes, kept, predicted = dict(vocab_size=200, block_size=256, n_head=2, n_embd=64, **told), {}, {}
     for layers in (2, 3):
         torch._dynamo.reset()
         model = GPT(GPTConfig(n_layer=layers, **sizes))
-        attention.block_masks(256, 20, torch.device('cpu'))
         hidden = torch.compile(model.hidden, fullgraph=True, dynamic=False, backend=aot_autograd(
             fw_compiler=lambda graph, inputs: graph.forward, partition_fn=min_cut_rematerialization_partition))
         saved = {}
@@ -298,8 +293,8 @@ def test_backend_of_each_attention_is_named():
 
     assert named(**MLA) == named(ra_alpha=1.0, ra_window=-1) == named(ra_alpha=1.0, ra_window=47) == named() == 'flash'
     assert named(ra_alpha=1.0, ra_window=46) == 'math'  # dense on a CPU
-    assert attention.flex_runs('cuda', torch.bfloat16, 64) == attention.HAS_TRITON
-    assert not attention.flex_runs('cuda', torch.float64, 64) and not attention.flex_runs('cuda', torch.bfloat16, 8)
+    assert fused_runs('cuda', torch.bfloat16, 64) == (reciprocal.triton is not None)
+    assert not fused_runs('cuda', torch.float64, 64) and not fused_runs('cuda', torch.bfloat16, 8)
 
 
 def test_floating_point_operations_of_each_attention():
@@ -449,9 +444,9 @@ def test_preflight_tells_of_latents_and_of_a_fixed_alpha(tiny, capsys):
 
 
 def test_preflight_knows_what_a_gpu_would_run(tiny, tiny_data, monkeypatch):
-    """FlexAttention for the window, unless the heads are too narrow for it: then it is refused, as for any attention."""
+    """The kernel of the window, unless the heads are too narrow for it: then it is refused, as for any attention."""
     monkeypatch.setattr(preflight, 'notes', lambda *told: ())  # asks a real GPU for its memory
-    monkeypatch.setattr(attention, 'HAS_TRITON', True)
+    monkeypatch.setattr(reciprocal, 'triton', True)
     data = open_data(str(tiny_data), 'tiny')
     gpu = preflight.Machine(torch.device('cuda:0'), torch.bfloat16, 0, 1, 'NVIDIA A100', None)
 
@@ -459,7 +454,7 @@ def test_preflight_knows_what_a_gpu_would_run(tiny, tiny_data, monkeypatch):
         s, _ = parse(Settings, tiny(ra_learned=True, ra_window=4, n_head=n_head))
         return preflight.table(s, gpu, data, GPT(model_config(s, 257)), 0)
 
-    assert '  attention          reciprocal 4 tokens back, learned from 0; flex\n' in table(2)
+    assert '  attention          reciprocal 4 tokens back, learned from 0; windowed\n' in table(2)
     assert refusal(table, 4)[0].startswith('attention would run unfused (math) on NVIDIA A100')
 
 
