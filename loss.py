@@ -41,7 +41,7 @@ def loss_chunk_fused(x, weight, targets, scored, vocab_size, grad_weight):
     logits = x @ weight.t()  # (n, V)
     losses = torch.empty(len(x), dtype=torch.float32, device=x.device)
     cross_entropy_kernel[len(x),](logits, targets, scored, losses, vocab_size, weight.size(0), GRADIENT=grad_weight is not None,
-                                  BLOCK=4096, num_warps=8)
+                                  BLOCK=4096, num_warps=32 if torch.version.cuda else 16)  # 1,024 threads
     if grad_weight is None:
         return losses.sum(), None
     if torch.version.cuda and x.dtype == torch.bfloat16:  # the product is added to float32 as it is, not rounded first
@@ -52,30 +52,40 @@ def loss_chunk_fused(x, weight, targets, scored, vocab_size, grad_weight):
 
 
 if triton:
+    LOG2_E, LN_2 = tl.constexpr(math.log2(math.e)), tl.constexpr(math.log(2))  # powers of 2 are what a GPU computes
+
     @triton.jit
     def cross_entropy_kernel(logits, targets, scored, losses, vocab_size, width, GRADIENT: tl.constexpr, BLOCK: tl.constexpr):
-        """One program a token: its loss over `scored`, and with GRADIENT its `width` logits replaced by d loss / d logits."""
+        """One program a token: its loss over `scored`, and with GRADIENT its `width` logits replaced by d loss / d logits.
+
+        Each lane keeps a maximum and a sum of its own, so that the threads meet once. The last block, which vocab_size cuts
+        and width ends in, comes first: it starts them.
+        """
         row = tl.program_id(0).to(tl.int64)
         logits += row * width
-        target = tl.load(targets + row)
-        highest, total = -float('inf'), 0.0  # of the columns so far; total = sum exp(logit - highest)
-        for start in range(0, vocab_size, BLOCK):
-            column = start + tl.arange(0, BLOCK)
-            block = tl.load(logits + column, mask=column < vocab_size, other=-float('inf')).to(tl.float32)
-            before = highest
-            highest = tl.maximum(before, tl.max(block, 0))
-            total = total * tl.exp(before - highest) + tl.sum(tl.exp(block - highest), 0)
-        log_total = highest + tl.log(total)
+        target, lane, whole = tl.load(targets + row), tl.arange(0, BLOCK), vocab_size // BLOCK * BLOCK
+        exists = whole + lane < vocab_size
+        highest = tl.load(logits + whole + lane, mask=exists, other=-1e30).to(tl.float32) * LOG2_E
+        total = tl.where(exists, 1.0, 0.0)  # sum 2^(logit - highest)
+        for start in range(0, whole, BLOCK):
+            block, before = tl.load(logits + start + lane).to(tl.float32) * LOG2_E, highest
+            highest = tl.maximum(before, block)
+            total = total * tl.exp2(before - highest) + tl.exp2(block - highest)
+        top = tl.max(highest, 0)
+        log_total = top + tl.log2(tl.sum(total * tl.exp2(highest - top), 0))
         share = tl.where(target >= 0, 1.0, 0.0) / tl.load(scored).to(tl.float32)
-        correct = tl.load(logits + tl.maximum(target, 0)).to(tl.float32)
-        tl.store(losses + row, (log_total - correct) * share)
+        correct = tl.load(logits + tl.maximum(target, 0)).to(tl.float32) * LOG2_E
+        tl.store(losses + row, (log_total - correct) * share * LN_2)
         if GRADIENT:
             tl.debug_barrier()  # no thread may overwrite the correct logit before all have read it
-            for start in range(0, width, BLOCK):
-                column = start + tl.arange(0, BLOCK)
-                block = tl.load(logits + column, mask=column < vocab_size, other=-float('inf')).to(tl.float32)
-                grad = (tl.exp(block - log_total) - tl.where(column == target, 1.0, 0.0)) * share
-                tl.store(logits + column, grad.to(logits.dtype.element_ty), mask=column < width)
+            for start in range(0, whole, BLOCK):
+                block = tl.load(logits + start + lane).to(tl.float32) * LOG2_E
+                tl.store(logits + start + lane, (tl.exp2(block - log_total) * share).to(logits.dtype.element_ty))
+            block = tl.load(logits + whole + lane, mask=exists, other=-float('inf')).to(tl.float32) * LOG2_E
+            tl.store(logits + whole + lane, (tl.exp2(block - log_total) * share).to(logits.dtype.element_ty), mask=whole + lane < width)
+            tl.debug_barrier()
+            if target >= 0:
+                tl.store(logits + target, ((tl.exp2(correct - log_total) - 1) * share).to(logits.dtype.element_ty))
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
