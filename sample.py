@@ -84,18 +84,20 @@ def load_model(run_dir, checkpoint, machine):
 
 
 def draw(logits, temperature, top_k, top_p, generators):
-    """One token a row from logits (B, vocab_size) on the CPU, each row by its own generator -> list of B ints."""
+    """One token a row from logits (B, vocab_size), each row by one number of its own generator -> list of B ints."""
     if temperature == 0:
         return logits.argmax(-1).tolist()
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # the highest at 0, or a low temperature makes it infinite
-    if 0 < top_k < logits.size(-1):
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
+    order = None
+    if top_k or top_p < 1:
+        logits, order = logits.topk(top_k or logits.size(-1))  # (B, K) each, likeliest first
+    logits = (logits - logits.amax(-1, keepdim=True)).double() / temperature  # the highest at 0: low temperatures overflow
     probabilities = logits.softmax(-1)
     if top_p < 1:
-        ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
-        ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= top_p, 0)  # a token goes if those before it are enough
-        probabilities = torch.zeros_like(probabilities).scatter(-1, order, ordered)
-    return [torch.multinomial(row, 1, generator=generator).item() for row, generator in zip(probabilities, generators)]
+        probabilities.masked_fill_(probabilities.cumsum(-1) - probabilities >= top_p, 0)  # a token goes if those before it are enough
+    reach = probabilities.cumsum(-1)
+    numbers = torch.stack([torch.rand((), dtype=torch.float64, generator=generator) for generator in generators])  # in [0, 1)
+    chosen = torch.searchsorted(reach, numbers.to(reach.device)[:, None] * reach[:, -1:], right=True).clamp(max=reach.size(-1) - 1)
+    return (chosen if order is None else order.gather(-1, chosen))[:, 0].tolist()
 
 
 @torch.inference_mode()
@@ -115,7 +117,7 @@ def generate(model, cache, prompts, seeds, max_new_tokens, temperature, top_k=0,
         idx = torch.tensor([tokens + [0] * (T - len(tokens)) for tokens in unread], device=device)  # (B, T)
         hidden = model.hidden(idx, cache, counts)  # (B, T, C)
         newest = hidden[torch.arange(len(unread), device=device), (counts - 1).clamp(min=0).to(device)]  # (B, C)
-        drawn = draw(model.head(newest).float().cpu(), temperature, top_k, top_p, generators)
+        drawn = draw(model.head(newest).float(), temperature, top_k, top_p, generators)
         drawn = [token if tokens else None for token, tokens in zip(drawn, unread)]
         yield drawn
         for row, token in enumerate(drawn):

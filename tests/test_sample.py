@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import HOME, refusal, train
@@ -43,7 +44,8 @@ def without_cache(model, prompt, seed, count, temperature, end=None):
     for _ in range(count):
         with torch.no_grad():
             logits = model(torch.tensor([seen]))[0, -1].float()
-        tokens.append(torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator).item())
+        reach = np.cumsum((logits.double() / temperature).softmax(-1).numpy())
+        tokens.append(int((reach <= torch.rand((), dtype=torch.float64, generator=generator).item() * reach[-1]).sum()))
         if tokens[-1] == end:
             break
         seen = (seen if len(seen) < 32 else tokens[-16:-1]) + tokens[-1:]  # positions used up: the last half, read anew
