@@ -70,42 +70,51 @@ def unfair(runs):
 
 
 def plot(runs, path):
-    """Loss, sparsity and learning rate over tokens, and of pruned runs the sparsity of each matrix, to a PNG at `path`."""
+    """Loss, sparsity and learning rate over tokens, how far several runs are from the first, and the sparsity of each matrix, to
+    a PNG at `path`."""
     import matplotlib
     matplotlib.use('Agg')  # no display needed
     from matplotlib import pyplot
 
     pruned = [run for run in runs if run['summary'].get('sparsity_by_layer')]
-    figure, axes = pyplot.subplots(3, 2 if pruned else 1, figsize=(12 if pruned else 8, 7), squeeze=False, layout='constrained',
-                                   height_ratios=(4, 1, 1), width_ratios=(5, 3) if pruned else (1,))
-    loss, sparsity, rate = axes[:, 0]
+    heights = {'loss (nat a token)': 4, **({'minus the first': 2} if len(runs) > 1 else {}), **({'sparsity': 1} if pruned else {}),
+               'learning rate': 1}
+    figure, axes = pyplot.subplots(len(heights), 2 if pruned else 1, figsize=(12 if pruned else 8, 7), squeeze=False, sharex='col',
+                                   layout='constrained', height_ratios=list(heights.values()), width_ratios=(5, 3) if pruned else (1,))
+    panels = dict(zip(heights, axes[:, 0]))
     for i, run in enumerate(runs):
-        plot_run(run, f'C{i}', loss, sparsity, rate)
-    loss.set_ylabel('loss (nat a token)')
-    loss.legend()
-    sparsity.set_ylabel('sparsity')
-    rate.set_ylabel('learning rate')
-    rate.set_xlabel('training tokens')
-    for axis in (loss, sparsity, rate):
-        axis.sharex(rate)
+        plot_run(run, runs[0], f'C{i}', panels)
+    for label, axis in panels.items():
+        axis.set_ylabel(label)
         axis.grid(alpha=0.3)
+    axes[0, 0].legend()
+    axes[-1, 0].set_xlabel('training tokens')
     if pruned:
         plot_layers(pruned, runs, figure, axes)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
 
-def plot_run(run, color, loss, sparsity, rate):
+def losses(run):
+    """({training tokens: loss of the step}, {training tokens: validation loss})"""
     a_step = run['summary']['tokens'] / max(1, run['summary']['steps'])
+    return tuple({r['step'] * a_step: r[key] for r in run['metrics'] if key in r} for key in ('loss', 'val_loss'))
+
+
+def plot_run(run, first, color, panels):
+    loss, difference = panels['loss (nat a token)'], panels.get('minus the first')
     final = run['summary']['val_loss']  # None if it ended before the first evaluation
+    styles = (dict(alpha=0.35, linewidth=1, label=f"{run['name']}, training"),
+              dict(marker='o', markersize=3, label=f"{run['name']}, validation: " + ('-' if final is None else f'{final:.3f}')))
+    for mine, theirs, style in zip(losses(run), losses(first), styles):
+        loss.plot(list(mine), list(mine.values()), color=color, **style)
+        common = [tokens for tokens in mine if tokens in theirs]
+        if difference and run is not first:
+            difference.plot(common, [mine[tokens] - theirs[tokens] for tokens in common], color=color, **style)
     trained = [r for r in run['metrics'] if 'loss' in r]
-    evaluated = [r for r in run['metrics'] if 'val_loss' in r]
-    tokens = [r['tokens'] for r in trained]
-    loss.plot(tokens, [r['loss'] for r in trained], color=color, alpha=0.35, linewidth=1, label=f"{run['name']}, training")
-    loss.plot([r['step'] * a_step for r in evaluated], [r['val_loss'] for r in evaluated], color=color, marker='o', markersize=3,
-              label=f"{run['name']}, validation: " + ('-' if final is None else f'{final:.3f}'))
-    sparsity.plot(tokens, [r['sparsity'] for r in trained], color=color)
-    rate.plot(tokens, [r['lr'] for r in trained], color=color)
+    for label, key in (('sparsity', 'sparsity'), ('learning rate', 'lr')):
+        if label in panels:
+            panels[label].plot([r['tokens'] for r in trained], [r[key] for r in trained], color=color)
 
 
 def plot_layers(pruned, runs, figure, axes):

@@ -185,6 +185,21 @@ def test_picture_is_written(trained, tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().out.count('picture: ') == 3
 
 
+def test_picture_of_several_runs_shows_how_far_each_is_from_the_first(trained, tiny, tmp_path, monkeypatch):
+    pyplot = pytest.importorskip('matplotlib.pyplot')
+    train.main(tiny(out_dir=tmp_path / 'other', learning_rate=1e-4, min_lr=1e-5))
+    figures = []
+    monkeypatch.setattr(pyplot, 'close', figures.append)
+    report.main([str(trained), str(tmp_path / 'other'), f'--plot={tmp_path}/p.png'])
+    report.main([str(trained), f'--plot={tmp_path}/p.png'])
+    labels = [[axis.get_ylabel() for axis in figure.axes] for figure in figures]
+    assert labels == [['loss (nat a token)', 'minus the first', 'learning rate'], ['loss (nat a token)', 'learning rate']]  # none prunes
+    told = [[json.loads(line) for line in (tmp_path / name / 'metrics.jsonl').read_text().splitlines()] for name in ('run', 'other')]
+    for line, key in zip(figures[0].axes[1].lines, ('loss', 'val_loss')):
+        mine, theirs = ([r[key] for r in rows if key in r] for rows in told)
+        assert list(line.get_ydata()) == [b - a for a, b in zip(mine, theirs)] and len(mine) > 2
+
+
 def test_run_that_ended_before_it_measured_anything_can_be_reported(tiny, tmp_path, monkeypatch, capsys):
     def no_memory(self, idx, targets=None):
         raise torch.OutOfMemoryError('out of memory')
