@@ -109,14 +109,17 @@ def check_with_model(s, model):
                                     weight_decay=s.weight_decay, **optimizer_options(s, model))
     except ValueError as error:
         return [str(error)]
-    last = s.prune_end  # of the choices of masks; later where that falls into the warm-up after a reset
-    while s.prune_score != 'none' and optimizer.cycle and optimizer.cycle.recovering(last - 1):
+    if s.prune_score == 'none' or not optimizer.cycle:
+        return []
+    last = optimizer.last  # of the choices of masks; later where that falls into the warm-up after a reset
+    while optimizer.cycle.recovering(last - 1):
         last += 1
-    if s.prune_score != 'none' and last > s.max_iters:
-        return [f'prune_end={s.prune_end} max_iters={s.max_iters} spam_interval={s.spam_interval} spam_warmup={s.spam_warmup}: no masks '
-                f'are chosen in the warm-up after a reset, so target_sparsity is reached at {last} only; end the ramp before the reset, or '
-                f'write --max_iters={last} or more']
-    return []
+    if last <= s.max_iters:
+        return []
+    setting = 'prune_end' if optimizer.last == s.prune_end else 'prune_start'
+    return [f'{setting}={optimizer.last} max_iters={s.max_iters} spam_interval={s.spam_interval} spam_warmup={s.spam_warmup}: no masks '
+            f'are chosen in the warm-up after a reset, so target_sparsity is reached at {last} only; choose them before the reset, or '
+            f'write --max_iters={last} or more']
 
 
 def check_data(s, data):

@@ -1,11 +1,13 @@
 """model.py against transformers' GPT-2, float64 cross-entropy, and what GPT-2's initialisation implies."""
 import math
+import os
 
 import pytest
 import torch
 from conftest import train  # noqa: F401  (puts the repository on the path)
 from torch.nn import functional as F
 
+import loss
 from attention import attention_backend
 from loss import chunked_loss
 from model import GPT, GPTConfig, gelu
@@ -223,3 +225,18 @@ def test_compiled_gelu_is_the_tanh_form():
     y, expected = torch.compile(gelu, backend='eager', fullgraph=True)(x), F.gelu(x, approximate='tanh')
     torch.testing.assert_close(y, expected, atol=1e-14, rtol=1e-12)
     torch.testing.assert_close(*(torch.autograd.grad(out.sum(), x)[0] for out in (y, expected)), atol=1e-13, rtol=1e-12)
+
+
+@pytest.mark.skipif(not loss.triton or not os.environ.get('TRITON_INTERPRET'), reason='needs TRITON_INTERPRET=1 and Triton')
+@pytest.mark.parametrize('vocab_size', [5, 600, 4090, 4096, 9000])
+def test_loss_kernel_is_its_twin(vocab_size):
+    """In Triton's interpreter, on a CPU. tests/test_gpu.py has the compiled one."""
+    draw, rows = torch.Generator().manual_seed(0), -(-vocab_size // 128) * 128
+    x, weight = torch.randn(9, 16, generator=draw), torch.randn(rows, 16, generator=draw)
+    targets = torch.randint(vocab_size, (9,), generator=draw)
+    targets[2], targets[3], targets[4] = -1, 0, vocab_size - 1
+    added = torch.zeros(rows, 16), torch.zeros(rows, 16, dtype=torch.float64)
+    ours = loss.loss_chunk_fused(x, weight, targets, torch.tensor(8), vocab_size, added[0])
+    exact = loss.loss_chunk(x.double(), weight.double(), targets, torch.tensor(8), vocab_size, added[1])
+    for a, b in zip([*ours, added[0]], [*exact, added[1]]):
+        assert (a - b).norm() <= 1e-5 * b.norm()

@@ -160,7 +160,11 @@ REFUSED = [
      "AdamWPrune: target_sparsity=0.6: pattern='2:4' prunes exactly half; set 0.5"),
     ({**PRUNED, **SPAM, 'adamwprune_base': 'adamwspam', 'spam_warmup': 2, 'prune_end': 13, 'max_iters': 15},
      'prune_end=13 max_iters=15 spam_interval=4 spam_warmup=2: no masks are chosen in the warm-up after a reset, so target_sparsity is '
-     'reached at 16 only; end the ramp before the reset, or write --max_iters=16 or more'),
+     'reached at 16 only; choose them before the reset, or write --max_iters=16 or more'),
+    ({**PRUNED, **SPAM, 'adamwprune_base': 'adamwspam', 'spam_warmup': 2, 'prune_pattern': '2:4', 'prune_interval': 100, 'prune_start': 13,
+      'prune_end': 14, 'max_iters': 15},
+     'prune_start=13 max_iters=15 spam_interval=4 spam_warmup=2: no masks are chosen in the warm-up after a reset, so target_sparsity is '
+     'reached at 16 only; choose them before the reset, or write --max_iters=16 or more'),
     ({**PRUNED, 'prune_srste': 0.1}, 'AdamWPrune: srste=0.1 acts on weights that may regrow; set regrow=True'),
 ]
 
@@ -175,6 +179,13 @@ def test_ramp_that_ends_in_a_warm_up_reaches_its_target_when_that_is_over(tiny, 
     told = {**PRUNED, **SPAM, 'adamwprune_base': 'adamwspam', 'spam_warmup': 2, 'prune_end': 13, 'max_iters': 16, 'lr_decay_iters': 16}
     assert train.main(tiny(**told)) == 0
     assert summary(tmp_path / 'run')['sparsity'] == 0.5 and (tmp_path / 'run' / 'best.pt').exists()
+
+
+def test_choice_for_good_before_a_reset_is_not_held_up_by_what_would_come_after(tiny, tmp_path):
+    told = {**PRUNED, **SPAM, 'adamwprune_base': 'adamwspam', 'spam_warmup': 2, 'prune_pattern': '2:4', 'prune_interval': 100,
+            'prune_end': 13, 'max_iters': 15, 'lr_decay_iters': 15}  # 2:4 for good: the masks are final at prune_start
+    assert train.main(tiny(**told)) == 0
+    assert summary(tmp_path / 'run')['sparsity'] == 0.5
 
 
 PLANS = [
