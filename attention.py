@@ -12,7 +12,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from reciprocal import dense_reciprocal, fused_runs, per_head, widened, windowed
+from reciprocal import FUSED, dense_reciprocal, fused_runs, kernel_choice, per_head, widened, windowed
 
 
 class Linear(nn.Linear):
@@ -75,19 +75,20 @@ def has_window(config):
 
 
 def attention_backend(config, batch_size, device, dtype):
-    """Name of the kernel family that runs this model's attention here: 'flash', 'cudnn', 'windowed' (reciprocal.py) ..., or 'math', unfused.
+    """Name of the kernels that run this model's attention here: 'flash', 'cudnn', 'windowed, cudnn' ..., or 'math', unfused.
 
     Asks PyTorch's own dispatcher with tensors of the real shapes, so it is what runs, not what was hoped for.
     """
-    D, reciprocal = config.n_embd // config.n_head, is_reciprocal(config)
-    if has_window(config):
-        return 'windowed' if fused_runs(torch.device(device).type, dtype, D) else 'math'
-    shape = (batch_size, config.block_size, 3, config.n_head, 2 * D if reciprocal else D)
-    qkv = torch.empty(shape, device=device, dtype=dtype, requires_grad=True)
-    q, k, v = qkv.permute(2, 0, 3, 1, 4)
-    choice = torch._fused_sdp_choice(q, k, v, None, config.dropout, True)
-    names = {0: 'math', 1: 'flash', 2: 'memory-efficient', 3: 'cudnn', 4: 'overrideable'}  # torch.nn.attention.SDPBackend
-    return names.get(int(choice), f'unknown ({choice})')
+    B, T, H, D = batch_size, config.block_size, config.n_head, config.n_embd // config.n_head
+    if not has_window(config):
+        return kernel_name(B, T, H, 2 * D if is_reciprocal(config) else D, device, dtype, config.dropout)
+    beyond = kernel_name(B, T - config.ra_window - 1, H, D, device, dtype, 0.0)
+    return f'windowed, {beyond}' if fused_runs(torch.device(device).type, dtype, D) and beyond in FUSED else 'math'
+
+
+def kernel_name(B, T, H, D, device, dtype, dropout):
+    q, k, v = torch.empty((B, T, 3, H, D), device=device, dtype=dtype, requires_grad=True).permute(2, 0, 3, 1, 4)
+    return kernel_choice(q, k, v, dropout)
 
 
 # --- the modules -------------------------------------------------------------------------------------

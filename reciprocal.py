@@ -33,9 +33,9 @@ def widened(q, k, alpha):
 def dense_reciprocal(q, k, v, alpha, window, scale):
     """Reciprocal attention by its formula, with all (B, H, T, T) logits: the CPU's, and what the fused one is tested against."""
     exact = torch.promote_types(q.dtype, torch.float32)
-    logits = band_logits(q.to(exact), k.to(exact), alpha, q.size(-2), scale)  # with the term everywhere
-    plain = q.to(exact) @ k.to(exact).mT * scale
-    return torch.where(steps_back(q) > window, plain, logits).softmax(-1).to(v.dtype) @ v
+    logits, back = q.to(exact) @ k.to(exact).mT * scale, steps_back(q)  # (B, H, T, T), (T, T)
+    logits = logits + torch.where((back >= 0) & (back <= window), per_head(alpha) * logits.mT, 0)
+    return logits.masked_fill(back < 0, -math.inf).softmax(-1).to(v.dtype) @ v
 
 
 def steps_back(q):
@@ -111,7 +111,7 @@ windowed.register_autograd(gradients, setup_context=keep_for_backward)
 
 def far_forward(q, k, v, scale):
     """Causal attention of (B, H, R, D), by the kernel PyTorch would choose -> (B, R, H, D), log-sum-exp (B, H, R)."""
-    choice = far_kernel(q, k, v, scale)
+    choice = kernel_choice(q, k, v, scale=scale) if q.is_cuda else 'math'  # only tests come here on a CPU
     if choice == 'cudnn':
         out, lse, *_ = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, True, False, scale=scale)
     elif choice == 'flash':
@@ -125,7 +125,7 @@ def far_forward(q, k, v, scale):
 
 def far_backward(grad, q, k, v, out, lse, scale):
     """grad, q, k, v, out (B, H, R, D) and lse (B, H, R), those of the whole -> gradients of q, k, v, each (B, R, H, D)."""
-    choice, R = far_kernel(q, k, v, scale), q.size(2)
+    choice, R = kernel_choice(q, k, v, scale=scale) if q.is_cuda else 'math', q.size(2)
     lse = lse.contiguous()
     seed, offset = torch.zeros(2, dtype=torch.int64, device=q.device).unbind()  # of a dropout that is not there
     if choice == 'cudnn':
@@ -144,10 +144,13 @@ def far_backward(grad, q, k, v, out, lse, scale):
     return [x.transpose(1, 2).contiguous() for x in found]
 
 
-def far_kernel(q, k, v, scale):
-    """'flash', 'cudnn' ... as PyTorch's dispatcher would; 'math' on a CPU, where only the tests come."""
-    choice = int(torch._fused_sdp_choice(q, k, v, None, 0.0, True, scale=scale)) if q.is_cuda else 0
-    return {1: 'flash', 2: 'memory-efficient', 3: 'cudnn'}.get(choice, 'math')  # torch.nn.attention.SDPBackend
+FUSED = ('flash', 'memory-efficient', 'cudnn')
+
+
+def kernel_choice(q, k, v, dropout=0.0, scale=None):
+    """The kernel that PyTorch's dispatcher runs causal attention of (B, H, T, D) with: one of FUSED, 'math' ..."""
+    choice = int(torch._fused_sdp_choice(q, k, v, None, dropout, True, scale=scale))
+    return dict(enumerate(('math', *FUSED))).get(choice, f'unknown ({choice})')  # torch.nn.attention.SDPBackend
 
 
 # --- the band, in plain PyTorch: what its kernels are tested against ---------------------------------

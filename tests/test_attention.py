@@ -447,6 +447,8 @@ def test_preflight_knows_what_a_gpu_would_run(tiny, tiny_data, monkeypatch):
     """The kernel of the window, unless the heads are too narrow for it: then it is refused, as for any attention."""
     monkeypatch.setattr(preflight, 'notes', lambda *told: ())  # asks a real GPU for its memory
     monkeypatch.setattr(reciprocal, 'triton', True)
+    shapes, fused = [], ['cudnn']
+    monkeypatch.setattr(attention, 'kernel_name', lambda *shape: shapes.append(shape) or fused[0])
     data = open_data(str(tiny_data), 'tiny')
     gpu = preflight.Machine(torch.device('cuda:0'), torch.bfloat16, 0, 1, 'NVIDIA A100', None)
 
@@ -454,8 +456,11 @@ def test_preflight_knows_what_a_gpu_would_run(tiny, tiny_data, monkeypatch):
         s, _ = parse(Settings, tiny(ra_learned=True, ra_window=4, n_head=n_head))
         return preflight.table(s, gpu, data, GPT(model_config(s, 257)), 0)
 
-    assert '  attention          reciprocal 4 tokens back, learned from 0; windowed\n' in table(2)
+    assert '  attention          reciprocal 4 tokens back, learned from 0; windowed, cudnn\n' in table(2)
+    assert shapes == [(2, 27, 2, 16, gpu.device, gpu.dtype, 0.0)]  # beyond the window
     assert refusal(table, 4)[0].startswith('attention would run unfused (math) on NVIDIA A100')
+    fused[0] = 'math'
+    assert refusal(table, 2)[0].startswith('attention would run unfused (math) on NVIDIA A100')
 
 
 def test_dropout_that_the_window_cannot_have_is_an_error():
