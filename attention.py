@@ -1,6 +1,7 @@
 """Attention: multi-head (MHA), latent (MLA), either with a reciprocal term (RA), and the cache they decode from.
 
-Shapes: B batch, T new tokens, C width (n_embd), H heads, D head width (C / H), L latent width, S tokens in all, W window.
+Shapes: B batch, T new tokens, C width (n_embd), H heads, D head width (C / H), L latent width, R rotary part of D, S tokens in
+all, W window.
 The logits of token i for token j <= i are S_ij = q_i . k_j times the scale; RA makes them S_ij + alpha 1[i - j <= W] S_ji.
 """
 import math
@@ -38,6 +39,15 @@ def recomputed(function, *arguments):
     if torch.compiler.is_compiling():
         return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
     return function(*arguments)
+
+
+def rotated_end(x, positions, R):
+    """x (B, H, T, D) with its last R numbers, R even, as rotary embedding (arXiv 2104.09864) turns them at positions (B, T) or (T,)."""
+    exact = torch.promote_types(x.dtype, torch.float32)
+    frequency = 1e4 ** (-torch.arange(R // 2, device=x.device, dtype=exact) / (R // 2))
+    angle = positions[..., None, :, None] * frequency  # ([B,] 1, T, R / 2)
+    (a, b), cos, sin = x[..., -R:].to(exact).chunk(2, -1), angle.cos(), angle.sin()
+    return torch.cat([x[..., :-R], (a * cos - b * sin).to(x.dtype), (a * sin + b * cos).to(x.dtype)], -1)
 
 
 # --- attention of a whole text: training, evaluation -------------------------------------------------
@@ -115,9 +125,13 @@ class Attention(nn.Module):
         B, T, C = x.shape
         return self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
 
-    def expanded(self, k, v):
-        """Keys and values of project() -> each (B, H, T, D)."""
-        return k, v
+    def placed(self, q, k, positions):
+        """Queries and keys of project(), at positions (B, T) or (T,) -> the same with what tells their positions."""
+        return q, k
+
+    def expanded(self, q, k, v, positions):
+        """What project() gives -> queries, keys and values, each (B, H, T, D)."""
+        return q, k, v
 
     def cached(self, k, v):
         """Keys and values of project() -> as the cache holds them."""
@@ -142,8 +156,10 @@ class Attention(nn.Module):
     def forward(self, x, layer=None, step=None):  # (B, T, C)
         q, k, v = self.project(x)
         if layer is None:
-            y = attend(q, *self.expanded(k, v), self.alpha, self.window, self.scale, self.dropout if self.training else 0.0)
+            positions = torch.arange(x.size(1), device=x.device)
+            y = attend(*self.expanded(q, k, v, positions), self.alpha, self.window, self.scale, self.dropout if self.training else 0.0)
         else:
+            q, k = self.placed(q, k, step.positions)
             y = self.decode(q, *self.cached(k, v), layer, step)
         y = self.proj(y.transpose(1, 2).reshape(x.shape))
         return F.dropout(y, self.dropout, self.training)
@@ -174,59 +190,70 @@ class Attention(nn.Module):
 
 
 class LatentAttention(Attention):
-    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1, without its rotary part).
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1).
 
     All heads share c^K = norm(x W_dk) and c^V = norm(x W_dv), each (T, L). Head h has keys K_h = c^K A_h^T and values
     V_h = c^V U_h, with A_h (D, L), U_h (L, D). A whole text expands them and is attended to as ever; decoding
-    turns that round, (q_h A_h) . c^K and then U_h, so that the cache need hold c^K and c^V alone.
+    turns that round, (q_h A_h) . c^K and then U_h, so that the cache need hold c^K and c^V alone. With a rotary part (section 2.1.3)
+    the last R numbers of queries and keys are rotary instead; those of the keys come straight from x and are the same in all heads.
     """
 
     def build(self, config):
-        C, L, D = config.n_embd, config.latent_dim, config.n_embd // config.n_head
-        self.latent_dim = L
-        self.down = Linear(C, C + 2 * L, bias=config.bias)  # W_q, W_dk, W_dv in one product
-        self.key_up = Linear(L, C if config.per_head_q_latent else D, bias=False)  # A
-        self.value_up = Linear(L, C if config.per_head_v_up else D, bias=False)  # U
+        C, L, R, D = config.n_embd, config.latent_dim, config.latent_rotary, config.n_embd // config.n_head
+        self.latent_dim, self.rotary = L, R
+        self.key_heads, self.value_heads = (config.n_head if own else 1 for own in (config.per_head_q_latent, config.per_head_v_up))
+        self.down = Linear(C, C + L + R + L, bias=config.bias)  # W_q, W_dk and the rotary keys', W_dv in one product
+        self.key_up = Linear(L, self.key_heads * (D - R), bias=False)  # A
+        self.value_up = Linear(L, self.value_heads * D, bias=False)  # U
         self.key_norm = RMSNorm(L) if config.latent_norm else nn.Identity()
         self.value_norm = RMSNorm(L) if config.latent_norm else nn.Identity()
         if config.latent_scale:
             self.scale = L ** -0.5
 
     def project(self, x):
-        """x (B, T, C) -> queries (B, H, T, D), and the latents before their norm (B, T, L)."""
+        """x (B, T, C) -> queries (B, H, T, D); key latents before their norm, then the rotary keys, (B, 1, T, L + R); value latents
+        before theirs (B, 1, T, L)."""
         B, T, C = x.shape
-        q, k, v = self.down(x).split([C, self.latent_dim, self.latent_dim], -1)
-        return q.view(B, T, self.n_head, -1).transpose(1, 2), k, v
+        q, k, v = self.down(x).split([C, self.latent_dim + self.rotary, self.latent_dim], -1)
+        return q.view(B, T, self.n_head, -1).transpose(1, 2), k[:, None], v[:, None]
+
+    def placed(self, q, k, positions):
+        return (rotated_end(q, positions, self.rotary), rotated_end(k, positions, self.rotary)) if self.rotary else (q, k)
 
     def cached(self, k, v):
-        return self.key_norm(k)[:, None], self.value_norm(v)[:, None]  # (B, 1, T, L) each
+        latent, rotary = k.split([self.latent_dim, self.rotary], -1)
+        return torch.cat([self.key_norm(latent), rotary], -1) if self.rotary else self.key_norm(latent), self.value_norm(v)
 
-    def expanded(self, k, v):
-        def expand(k, v):
+    def expanded(self, q, k, v, positions):
+        def expand(q, k, v, positions):
+            q, k = self.placed(q, k, positions)
             k, v = self.cached(k, v)
-            return self.keys(k), self.values(v)
-        return recomputed(expand, k, v)  # cheap to make again, and much larger than the latents
+            return q, self.keys(k), self.values(v)
+        return recomputed(expand, q, k, v, positions)  # cheap to make again, and much larger than the latents
 
-    def expand(self, latent, up):
-        """c (B, 1, T, L) -> (B, H, T, D) by `up`; one shared by the heads gives each the same."""
+    def expand(self, latent, up, heads):
+        """c (B, 1, T, L) -> (B, H, T, width of a head) by `up`, which makes as many heads; one is repeated for all."""
         B, _, T, _ = latent.shape
-        x = up(latent[:, 0]).view(B, T, -1, self.proj.in_features // self.n_head)  # (B, T, H, D), or (B, T, 1, D)
-        if x.size(2) < self.n_head:
+        x = up(latent[:, 0]).view(B, T, heads, -1)  # (B, T, H, D), or (B, T, 1, D)
+        if heads < self.n_head:
             x = x.repeat(1, 1, self.n_head, 1)  # not expanded: not every fused kernel takes a stride of 0
         return x.transpose(1, 2)
 
     def keys(self, k):
-        return self.expand(k, self.key_up)
+        latent, rotary = k.split([self.latent_dim, self.rotary], -1)
+        keys = self.expand(latent, self.key_up, self.key_heads)
+        return torch.cat([keys, rotary.expand(-1, self.n_head, -1, -1)], -1) if self.rotary else keys
 
     def values(self, v):
-        return self.expand(v, self.value_up)
+        return self.expand(v, self.value_up, self.value_heads)
 
     def absorb(self, q):
-        return q @ self.key_up.weight.view(-1, q.size(-1), self.latent_dim)  # (B, H, T, D) x (H or 1, D, L) -> (B, H, T, L)
+        content, rotary = q.split([q.size(-1) - self.rotary, self.rotary], -1)
+        latent = content @ self.key_up.weight.view(self.key_heads, -1, self.latent_dim)  # (B, H, T, D - R) -> (B, H, T, L)
+        return torch.cat([latent, rotary], -1) if self.rotary else latent
 
     def release(self, y):
-        D = self.proj.in_features // self.n_head
-        return y @ self.value_up.weight.view(-1, D, self.latent_dim).mT  # (B, H, T, L) x (H or 1, L, D) -> (B, H, T, D)
+        return y @ self.value_up.weight.view(self.value_heads, -1, self.latent_dim).mT  # (B, H, T, L) -> (B, H, T, D)
 
 
 def up_std(config):
@@ -267,8 +294,8 @@ class Step(NamedTuple):
 class Cache:
     """What B texts have read so far, room for block_size tokens each. No gradients flow through it.
 
-    layers: a dict a layer: keys, values (B, H, block_size, D), of MLA the latents (B, 1, block_size, L); with RA also
-    queries (B, H, W, D). lengths: (B,) int64 on the CPU, tokens read of each text; setting one to 0 forgets that text.
+    layers: a dict a layer: keys, values (B, H, block_size, D), of MLA the latents, (B, 1, block_size, L + R) and
+    (B, 1, block_size, L); with RA also queries (B, H, W, D). lengths: (B,) int64 on the CPU, tokens read of each text; setting one to 0 forgets that text.
     """
     lengths: torch.Tensor
     layers: list
@@ -309,10 +336,12 @@ class Cache:
 
 
 def new_cache(config, rows, device, dtype):
-    """An empty Cache for `rows` texts: 2 C numbers a token and layer, of MLA 2 L; with RA also W C a layer and text."""
+    """An empty Cache for `rows` texts: 2 C numbers a token and layer, of MLA 2 L + R; with RA also W C a layer and text."""
     S, H, D = config.block_size, config.n_head, config.n_embd // config.n_head
-    held = (rows, 1, S, config.latent_dim) if config.attention == 'mla' else (rows, H, S, D)
+    keys = values = (rows, H, S, D)
+    if config.attention == 'mla':
+        keys, values = (rows, 1, S, config.latent_dim + config.latent_rotary), (rows, 1, S, config.latent_dim)
     window = -1 if not is_reciprocal(config) else min(config.ra_window, S) if config.ra_window >= 0 else S
-    shapes = {'keys': held, 'values': held, **({'queries': (rows, H, window, D)} if window >= 0 else {})}
+    shapes = {'keys': keys, 'values': values, **({'queries': (rows, H, window, D)} if window >= 0 else {})}
     layers = [{name: torch.zeros(shape, device=device, dtype=dtype) for name, shape in shapes.items()} for _ in range(config.n_layer)]
     return Cache(torch.zeros(rows, dtype=torch.int64), layers, S, window)

@@ -12,15 +12,16 @@ def predicted_memory(s, config, dtype, parameters, prunable, gpu=False):
 
     A compiled block keeps 12 widths a token (residual x 2, norms x 2, qkv x 3, attention, 4 of the MLP), 10 of them if it may
     compute the norms again (activation_budget < 1); uncompiled it also keeps the GELU's 4 and float32 norm inputs.
-    Latent attention keeps q and its latents instead of q, k and v; reciprocal attention without a window two outputs more, and
-    latent keys (uncompiled 7 widths, of double q, k and v), as counted in the compiler's graphs. Attention is taken to be
-    fused: dense logits are not in here.
+    Latent attention keeps q and its latents instead of q, k and v, with a rotary part q once more; reciprocal attention without
+    a window keeps two outputs more, and latent keys (uncompiled 7 widths, of double q, k and v), as counted in the compiler's
+    graphs. Attention is taken to be fused: dense logits are not in here.
     """
     element = torch.finfo(dtype).bits // 8
     tokens = s.batch_size * s.block_size
     kept = 12 * (1 if s.activation_budget == 1 else min(10 / 12, s.activation_budget)) if s.compile else 17
     latents = s.latent_dim / s.n_embd if s.attention == 'mla' else 0
     kept += (2 * latents - 2 * bool(latents)) if s.compile else (4 if s.latent_norm else 2) * latents
+    kept += bool(s.latent_rotary) + s.latent_rotary / s.n_embd
     kept += (2 + bool(latents) if s.compile else 7) * (is_reciprocal(config) and not has_window(config))
     a_block = int((kept * element + (0 if s.compile else 2 * 4)) * tokens * s.n_embd)
     chunk = min(s.loss_chunk_tokens, tokens) * config.padded_vocab_size

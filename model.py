@@ -30,6 +30,7 @@ class GPTConfig:
     per_head_v_up: bool = True
     latent_norm: bool = True
     latent_scale: bool = False
+    latent_rotary: int = 0
     ra_alpha: float = 0.0
     ra_window: int = 64
     ra_learned: bool = False

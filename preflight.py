@@ -263,7 +263,8 @@ def attention_plan(s):
     parts = []
     if s.attention == 'mla':
         shared = [what for what, of_its_own in (('keys', s.per_head_q_latent), ('values', s.per_head_v_up)) if not of_its_own]
-        parts.append(f'latent, 2 x {s.latent_dim} wide' + (f', {" and ".join(shared)} the same in all heads' if shared else ''))
+        rotary = f' and {s.latent_rotary} rotary' if s.latent_rotary else ''
+        parts.append(f'latent, 2 x {s.latent_dim} wide{rotary}' + (f', {" and ".join(shared)} the same in all heads' if shared else ''))
     if is_reciprocal(s):
         reach = 'over all earlier tokens' if s.ra_window < 0 else f'{s.ra_window} tokens back'
         parts.append(f'reciprocal {reach}, ' + ('learned from ' if s.ra_learned else 'times ') + f'{s.ra_alpha:g}')
@@ -303,7 +304,7 @@ def notes(s, machine, memory, epochs):
         yield 'bitter10 keeps three more float32 numbers a prunable weight'
     if s.ra_alpha != 0 and not s.ra_learned:
         yield f'ra_alpha={s.ra_alpha:g} for good is an unstable choice; --ra_learned=True lets each head find its own'
-    if s.attention == 'mla' and s.latent_dim >= s.n_embd:
+    if s.attention == 'mla' and 2 * s.latent_dim + s.latent_rotary >= 2 * s.n_embd:
         yield f'latent_dim={s.latent_dim}: the cache of sample.py is no smaller than that of attention=mha'
     if s.grad_clip == 0:
         yield 'grad_clip=0: one bad batch can end the run'

@@ -54,6 +54,7 @@ class Settings:
     per_head_v_up: bool = True  # mla: the same from latent to value
     latent_norm: bool = True  # mla: RMSNorm of the latents; False is the reference's
     latent_scale: bool = False  # mla: logits over sqrt(latent_dim), as in the reference; False: over sqrt(head width)
+    latent_rotary: int = 0  # mla: numbers of each head's width that are rotary, their keys shared and cached (DeepSeek-V2, 2.1.3)
     ra_alpha: float = 0.0  # weight of the reciprocal logits, of key and query with their parts exchanged; 0: none
     ra_window: int = 64  # tokens back that they reach; 0: a token's own alone, -1: all
     ra_learned: bool = False  # a learned weight a head, which starts at ra_alpha
@@ -282,7 +283,9 @@ def check_attention(s):
     """Problems of the latent and reciprocal settings."""
     problems, reciprocal = [], s.ra_learned or s.ra_alpha != 0
     if s.attention != 'mla':
-        problems += unused(s, 'latent_dim per_head_q_latent per_head_v_up latent_norm latent_scale', 'attention=mla')
+        problems += unused(s, 'latent_dim per_head_q_latent per_head_v_up latent_norm latent_scale latent_rotary', 'attention=mla')
+    elif not 0 <= s.latent_rotary < (width := s.n_embd // max(1, s.n_head)) or s.latent_rotary % 2:
+        problems.append(f'latent_rotary={s.latent_rotary}: must be even, not negative and below the head width n_embd / n_head = {width}')
     if not reciprocal:
         problems += unused(s, 'ra_window', 'ra_alpha or ra_learned')
     if s.ra_window < -1:

@@ -1,8 +1,7 @@
-"""attention.py against float64 oracles written from the formulas, and the cache against reading the whole text."""
+"""attention.py and reciprocal.py against float64 oracles written from the formulas."""
 import itertools
 import math
 import os
-import time
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ import attention
 import preflight
 import prune
 import reciprocal
-from attention import attend, new_cache
+from attention import attend
 from memory import predicted_memory
 from model import GPT, GPTConfig
 from preflight import model_config
@@ -36,6 +35,8 @@ VARIANTS = {
     'mla, shared, bare': dict(MLA, per_head_q_latent=False, per_head_v_up=False, latent_norm=False, latent_scale=True),
     'mla, ra': {**MLA, **RA},
     'mla, ra everywhere, keys shared': {**MLA, **RA, 'ra_window': -1, 'per_head_q_latent': False},
+    'mla, rotary': dict(MLA, latent_rotary=6),
+    'mla, rotary, shared, ra': {**MLA, **RA, 'latent_rotary': 2, 'per_head_q_latent': False},
     'mla, ra, reference scale': {**MLA, **RA, 'latent_scale': True, 'ra_window': 60},
 }
 variants = pytest.mark.parametrize('told', VARIANTS.values(), ids=VARIANTS)
@@ -166,6 +167,29 @@ def test_latent_attention_is_its_formula(per_head_q, per_head_v, latent_scale):
     torch.testing.assert_close(part(x), torch.cat(heads, -1) @ part.proj.weight.t(), atol=1e-12, rtol=1e-12)
 
 
+@pytest.mark.parametrize('shared', [False, True])
+def test_rotary_part_of_latent_attention_is_its_formula(shared):
+    """The last R = 4 numbers of query i and of the one key j, as complex numbers times e^(i t 10^(-4 m / (R / 2)))."""
+    part, (H, D, L, R) = lively(**MLA, latent_rotary=4, per_head_q_latent=not shared).double().blocks[0].attention, (4, 8, 12, 4)
+    x = torch.randn(2, 10, 32, dtype=torch.float64)
+    w_q, w_dk, w_rotary, w_dv = part.down.weight.split([32, L, R, L])
+    keys, values = (c * (c.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * norm.weight
+                    for c, norm in ((x @ w_dk.t(), part.key_norm), (x @ w_dv.t(), part.value_norm)))
+    turns = torch.exp(1j * torch.arange(10, dtype=torch.float64)[:, None] * torch.tensor([1.0, 0.01], dtype=torch.float64))  # (T, R / 2)
+
+    def turned(y):
+        return torch.complex(y[..., :R // 2], y[..., R // 2:]) * turns
+
+    heads = []
+    for h in range(H):
+        q, A = x @ w_q[h * D:h * D + D].t(), part.key_up.weight[slice(D - R) if shared else slice(h * (D - R), (h + 1) * (D - R))]
+        near = (turned(q[..., D - R:]) @ turned(x @ w_rotary.t()).mH).real  # of the difference of the positions alone
+        logits = ((q[..., :D - R] @ A) @ keys.mT + near) / math.sqrt(D)
+        heads.append(logits.masked_fill(torch.ones(10, 10).triu(1).bool(), -math.inf).softmax(-1)
+                     @ values @ part.value_up.weight[h * D:h * D + D].t())
+    torch.testing.assert_close(part(x), torch.cat(heads, -1) @ part.proj.weight.t(), atol=1e-12, rtol=1e-12)
+
+
 @variants
 def test_the_future_does_not_leak(told):
     model = lively(**told).double()
@@ -188,8 +212,7 @@ def test_logits_and_values_start_with_the_spread_of_gpt2(told):
             block.attention.register_forward_pre_hook(lambda module, arguments: seen.append((module, arguments[0])))
         model.hidden(text(model, rows=4))
         for part, x in seen:
-            q, k, v = part.project(x)
-            k, v = part.expanded(k, v)
+            q, k, v = part.expanded(*part.project(x), torch.arange(x.size(1)))
             spread += [(q @ k.mT / math.sqrt(64)).std().item(), v.std().item()]
         return spread
 
@@ -247,7 +270,7 @@ def test_the_fused_window_is_one_graph_with_the_model(monkeypatch):
 
 
 WIDTHS = {'mha': {}, 'mla': dict(attention='mla', latent_dim=16), 'ra': dict(ra_learned=True, ra_window=20),
-          'ra everywhere': dict(ra_learned=True, ra_window=-1), 'mla, ra': dict(attention='mla', latent_dim=16, ra_alpha=0.5, ra_window=20)}
+          'ra everywhere': dict(ra_learned=True, ra_window=-1), 'mla, rotary': dict(attention='mla', latent_dim=16, latent_rotary=8), 'mla, ra': dict(attention='mla', latent_dim=16, ra_alpha=0.5, ra_window=20)}
 
 
 @pytest.mark.parametrize('told', WIDTHS.values(), ids=WIDTHS)
@@ -309,90 +332,11 @@ def test_floating_point_operations_of_each_attention():
     assert flops(attention='mla') - gpt2 == 6 * latent
 
 
-# --- the cache ---------------------------------------------------------------------------------------
-
-
-@variants
-@pytest.mark.parametrize('pieces', [[1] * 48, [48], [20] + [1] * 28, [7, 13, 1, 1, 20, 5, 1], [1, 47]], ids=str)
-def test_cached_reading_in_any_pieces_is_reading_at_once(told, pieces):
-    model = lively(**told)
-    idx, cache, out = text(model), new_cache(model.config, 3, 'cpu', torch.float32), []
-    with torch.no_grad():
-        for piece in idx.split(pieces, 1):
-            out.append(model.hidden(piece, cache))
-        torch.testing.assert_close(torch.cat(out, 1), model.hidden(idx), atol=1e-5, rtol=1e-5)
-    assert cache.lengths.tolist() == [48] * 3
-
-
-@variants
-@pytest.mark.parametrize('steps, fresh_at', [
-    ([(1, 9, 30), (1, 1, 1), (3, 0, 1), (0, 1, 16), (12, 7, 0), (1, 1, 0)], {4: 1}),  # before step 4 row 1 forgets what it has read
-    ([(2, 0, 3), (1, 20, 0), (1, 1, 1)], {}),  # the first text of one row is as long as all that any row has then
-    ([(20, 21, 22), (1, 1, 30), (1, 1, 1)], {1: 2})])
-def test_rows_of_different_lengths_are_what_they_are_alone(told, steps, fresh_at):
-    """Prompts filled up to the longest, then steps of which some rows take none, one, or start again."""
-    model = lively(**told)
-    draw, cache = torch.Generator().manual_seed(2), new_cache(model.config, 3, 'cpu', torch.float32)
-    read = [torch.empty(0, dtype=torch.int64)] * 3
-    with torch.no_grad():
-        for number, counts in enumerate(steps):
-            if number in fresh_at:
-                cache.lengths[fresh_at[number]], read[fresh_at[number]] = 0, read[0][:0]
-            idx = torch.randint(131, (3, max(counts)), generator=draw)
-            out = model.hidden(idx, cache, torch.tensor(counts))
-            for row, count in enumerate(counts):
-                read[row] = torch.cat([read[row], idx[row, :count]])
-                if count:
-                    alone = model.hidden(read[row][None])[0, -count:]
-                    assert (out[row, :count] - alone).abs().max() < 1e-5, (number, row)
-            assert cache.lengths.tolist() == [len(tokens) for tokens in read]
-
-
-def test_more_than_the_positions_is_refused_and_nothing_read():
-    model = lively()
-    cache = new_cache(model.config, 2, 'cpu', torch.float32)
-    model.hidden(text(model, rows=2, T=40), cache)
-    with pytest.raises(ValueError, match='49 tokens do not fit in block_size=48'):
-        model.hidden(text(model, rows=2, T=9), cache, torch.tensor([9, 1]))
-    assert cache.lengths.tolist() == [40, 40]
-    model.hidden(text(model, rows=2, T=9), cache, torch.tensor([8, 1]))
-    assert cache.lengths.tolist() == [48, 41]
-
-
-@pytest.mark.parametrize('told, a_token, a_text', [
-    ({}, 2 * 768, 0), (dict(attention='mla'), 2 * 128, 0), (dict(ra_learned=True), 2 * 768, 64 * 768),
-    (dict(attention='mla', ra_alpha=0.1, ra_window=9), 2 * 128, 9 * 768), (dict(ra_alpha=0.1, ra_window=-1), 2 * 768, 1024 * 768)])
-def test_size_of_the_cache(told, a_token, a_text):
-    config = GPTConfig(**told)
-    cache = new_cache(config, 3, 'meta', torch.bfloat16)
-    for layer in cache.layers:
-        assert sum(t.nbytes for t in layer.values()) == 2 * 3 * (1024 * a_token + a_text)
-    assert cache.bytes() == 12 * 2 * 3 * (1024 * a_token + a_text)
-
-
-@pytest.mark.parametrize('told', [{}, dict(attention='mla', latent_dim=32)], ids=['mha', 'mla'])
-def test_decoding_with_the_cache_is_faster(told):
-    """256 tokens after 768. Without the cache a sample of the steps is timed, for all take minutes."""
-    model = GPT(GPTConfig(vocab_size=500, n_layer=2, n_head=4, n_embd=128, **told)).eval()
-    idx, cache = text(model, rows=1), new_cache(model.config, 1, 'cpu', torch.float32)
-    with torch.inference_mode():
-        start = time.perf_counter()
-        model.hidden(idx[:, :768], cache)
-        for t in range(768, 1024):
-            model.hidden(idx[:, t:t + 1], cache)
-        cached, start = time.perf_counter() - start, time.perf_counter()
-        for t in range(768, 1024, 32):
-            model.hidden(idx[:, :t + 1])
-        whole = 32 * (time.perf_counter() - start)
-    print(f'256 tokens: {cached:.2f} s with the cache, {whole:.2f} s without, {whole / cached:.1f} times')
-    assert whole > 5 * cached
-
-
 # --- in a run ----------------------------------------------------------------------------------------
 
 RUNS = {
     'mla': dict(attention='mla', latent_dim=8),
-    'mla, ra': dict(attention='mla', latent_dim=8, ra_learned=True, ra_window=4, dtype='bfloat16'),
+    'mla, rotary, ra': dict(attention='mla', latent_dim=8, latent_rotary=4, ra_learned=True, ra_window=4, dtype='bfloat16'),
     'ra everywhere, dropout': dict(ra_learned=True, ra_window=-1, dropout=0.1),
     'mla, pruned': dict(attention='mla', latent_dim=8, optimizer='adamwprune', prune_score='bitter7', prune_start=2, prune_end=7,
                         prune_interval=1),
@@ -436,9 +380,9 @@ def test_run_from_before_there_was_a_choice_of_attention_goes_on(tiny, tmp_path)
 
 
 def test_preflight_tells_of_latents_and_of_a_fixed_alpha(tiny, capsys):
-    train.main(tiny(attention='mla', latent_dim=32, per_head_v_up=False, ra_alpha=0.5, ra_window=3, max_iters=3))
+    train.main(tiny(attention='mla', latent_dim=32, latent_rotary=4, per_head_v_up=False, ra_alpha=0.5, ra_window=3, max_iters=3))
     out = capsys.readouterr().out
-    assert '  attention          latent, 2 x 32 wide, values the same in all heads; reciprocal 3 tokens back, times 0.5; math\n' in out
+    assert '  attention          latent, 2 x 32 wide and 4 rotary, values the same in all heads; reciprocal 3 tokens back, times 0.5; math\n' in out
     assert 'ra_alpha=0.5 for good is an unstable choice' in out
     assert 'latent_dim=32: the cache of sample.py is no smaller than that of attention=mha' in out
 
@@ -482,6 +426,10 @@ REFUSED = {
                                                               'latent_norm=False: acts only with attention=mla; leave it out']),
     'idle window': (dict(ra_window=8), ['ra_window=8: acts only with ra_alpha or ra_learned; leave it out']),
     'window': (dict(ra_window=-2, ra_learned=True), ['ra_window=-2: must be at least 0, or -1 for all earlier tokens']),
+    'rotary': (dict(latent_rotary=16, attention='mla'), [
+        'latent_rotary=16: must be even, not negative and below the head width n_embd / n_head = 16']),
+    'odd rotary': (dict(latent_rotary=3, attention='mla'), [
+        'latent_rotary=3: must be even, not negative and below the head width n_embd / n_head = 16']),
     'latents': (dict(latent_dim=0, attention='mla'), ['latent_dim=0: must be at least 1']),
     'dropout': (dict(ra_learned=True, dropout=0.1, ra_window=8), [
         'dropout=0.1 ra_window=8: the kernels of the window have no dropout; set --dropout=0 or --ra_window=-1']),
