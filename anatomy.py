@@ -34,7 +34,7 @@ PATTERNS = [(part, re.compile(pattern)) for part, pattern in (
     # besides train.accumulate: the zeroing before it, and the sum of the tied embedding's two gradients
     ('gradient accumulation', rf'{SUMS}|AccumulateGrad|(CompiledFunction|Embedding)Backward\d* > aten::add|{WINDOW} > aten::zero_'),
     ('embedding', r'embedding|Embedding|SliceBackward'),
-    ('attention', r'scaled_dot_product|ScaledDotProduct|attention|flash|fmha|sdpa'),
+    ('attention', r'scaled_dot_product|ScaledDotProduct|attention|flash|fmha|sdpa|nanoprune::windowed'),
     ('matrix products', r'aten::(linear|matmul|mm|addmm|bmm)\b|\b(Mm|Addmm|T|UnsafeView)Backward|'
                         r'gemm|nvjet|cutlass|xmma|cublas|Cijk_|triton_tem'),
     ('normalisation and activation', r'(layer|rms)_norm|(Layer|RMS)Norm|gelu|Gelu|dropout|Dropout'),

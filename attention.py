@@ -295,7 +295,8 @@ class Cache:
     """What B texts have read so far, room for block_size tokens each. No gradients flow through it.
 
     layers: a dict a layer: keys, values (B, H, block_size, D), of MLA the latents, (B, 1, block_size, L + R) and
-    (B, 1, block_size, L); with RA also queries (B, H, W, D). lengths: (B,) int64 on the CPU, tokens read of each text; setting one to 0 forgets that text.
+    (B, 1, block_size, L); with RA also queries (B, H, W, D). lengths: (B,) int64 on the CPU, tokens read of each text;
+    setting one to 0 forgets that text.
     """
     lengths: torch.Tensor
     layers: list

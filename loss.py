@@ -37,7 +37,10 @@ def loss_chunk(x, weight, targets, scored, vocab_size, grad_weight):
 
 
 def loss_chunk_fused(x, weight, targets, scored, vocab_size, grad_weight):
-    """The same on a GPU: the logits are read twice and overwritten by their gradient, which makes them the only (n, V) tensor."""
+    """The same on a GPU: the logits are read twice and overwritten by their gradient, which makes them the only (n, V) tensor.
+
+    V is vocab_size rounded up to a multiple of 128 (padded_vocab_size): what the kernel's last block must cover.
+    """
     logits = x @ weight.t()  # (n, V)
     losses = torch.empty(len(x), dtype=torch.float32, device=x.device)
     cross_entropy_kernel[len(x),](logits, targets, scored, losses, vocab_size, weight.size(0), GRADIENT=grad_weight is not None,

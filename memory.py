@@ -21,7 +21,8 @@ def predicted_memory(s, config, dtype, parameters, prunable, gpu=False):
     kept = 12 * (1 if s.activation_budget == 1 else min(10 / 12, s.activation_budget)) if s.compile else 17
     latents = s.latent_dim / s.n_embd if s.attention == 'mla' else 0
     kept += (2 * latents - 2 * bool(latents)) if s.compile else (4 if s.latent_norm else 2) * latents
-    kept += bool(s.latent_rotary) + s.latent_rotary / s.n_embd
+    if s.latent_rotary:  # uncompiled its parts in float32 too
+        kept += 1 + s.latent_rotary / s.n_embd if s.compile else 2 + 2 * s.latent_rotary * s.n_head / s.n_embd
     kept += (2 + bool(latents) if s.compile else 7) * (is_reciprocal(config) and not has_window(config))
     a_block = int((kept * element + (0 if s.compile else 2 * 4)) * tokens * s.n_embd)
     chunk = min(s.loss_chunk_tokens, tokens) * config.padded_vocab_size

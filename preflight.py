@@ -303,8 +303,10 @@ def notes(s, machine, memory, epochs):
     if s.prune_score == 'bitter10':
         yield 'bitter10 keeps three more float32 numbers a prunable weight'
     if s.ra_alpha != 0 and not s.ra_learned:
-        yield f'ra_alpha={s.ra_alpha:g} for good is an unstable choice; --ra_learned=True lets each head find its own'
+        yield (f'ra_alpha={s.ra_alpha:g} for good: 0.5 cost 6.6% in perplexity (docs/RESULTS.md); --ra_learned=True lets each head find '
+               'its own')
     if s.attention == 'mla' and 2 * s.latent_dim + s.latent_rotary >= 2 * s.n_embd:
-        yield f'latent_dim={s.latent_dim}: the cache of sample.py is no smaller than that of attention=mha'
+        rotary = f' latent_rotary={s.latent_rotary}' if s.latent_rotary else ''
+        yield f'latent_dim={s.latent_dim}{rotary}: the cache of sample.py is no smaller than that of attention=mha'
     if s.grad_clip == 0:
         yield 'grad_clip=0: one bad batch can end the run'

@@ -96,6 +96,7 @@ def _(grad, q, k, v, alpha, out, lse, window, scale):
 def keep_for_backward(ctx, inputs, output):
     q, k, v, alpha, ctx.window, ctx.scale = inputs
     ctx.save_for_backward(q, k, v, alpha, *output)
+    ctx.mark_non_differentiable(output[1])
 
 
 def gradients(ctx, grad, _):
@@ -111,7 +112,7 @@ windowed.register_autograd(gradients, setup_context=keep_for_backward)
 
 def far_forward(q, k, v, scale):
     """Causal attention of (B, H, R, D), by the kernel PyTorch would choose -> (B, R, H, D), log-sum-exp (B, H, R)."""
-    choice = kernel_choice(q, k, v, scale=scale) if q.is_cuda else 'math'  # only tests come here on a CPU
+    choice = kernel_choice(q, k, v, scale=scale) if q.is_cuda else 'math'  # on a CPU: the tests
     if choice == 'cudnn':
         out, lse, *_ = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, True, False, scale=scale)
     elif choice == 'flash':
@@ -119,7 +120,9 @@ def far_forward(q, k, v, scale):
     elif choice == 'memory-efficient':
         out, lse, *_ = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, True, scale=scale)
     else:
+        q, k, v, dtype = *exactly(q, k, v), q.dtype
         out, lse = part(band_logits(q, k, 0.0, q.size(2), scale), v)
+        out = out.to(dtype)
     return out.transpose(1, 2).contiguous(), lse.flatten(2)[..., :q.size(2)].contiguous()  # the efficient one fills up with rows
 
 
@@ -135,12 +138,14 @@ def far_backward(grad, q, k, v, out, lse, scale):
         found = aten._scaled_dot_product_flash_attention_backward(grad, q, k, v, out, lse, None, None, R, R, 0.0, True, seed, offset,
                                                                   scale=scale)
     elif choice == 'memory-efficient':
-        lse = F.pad(lse, (0, -R % 32), value=math.inf)
+        if not torch.version.hip:  # there its kernel takes R rows as they are
+            lse = F.pad(lse, (0, -R % 32), value=math.inf)
         *found, _ = aten._scaled_dot_product_efficient_attention_backward(grad, q, k, v, None, out, lse, seed, offset, 0.0,
                                                                           [True, True, True, False], True, scale=scale)
     else:
+        grad, q, k, v, out, dtype = *exactly(grad, q, k, v, out), q.dtype
         ds, dv = part_backward(band_logits(q, k, 0.0, R, scale), v, grad, out, lse)
-        found = ds @ k * scale, ds.mT @ q * scale, dv
+        found = [x.to(dtype) for x in (ds @ k * scale, ds.mT @ q * scale, dv)]
     return [x.transpose(1, 2).contiguous() for x in found]
 
 
@@ -156,6 +161,11 @@ def kernel_choice(q, k, v, dropout=0.0, scale=None):
 # --- the band, in plain PyTorch: what its kernels are tested against ---------------------------------
 
 
+def exactly(*tensors):
+    """The same in at least float32."""
+    return [x.to(torch.promote_types(x.dtype, torch.float32)) for x in tensors]
+
+
 def part(logits, v):
     """Attention by the logits (B, H, T, S), some of them -inf, and its log-sum-exp."""
     lse = logits.logsumexp(-1)
@@ -169,14 +179,16 @@ def part_backward(logits, v, grad, out, lse):
 
 
 def band_forward_plain(q, k, v, alpha, far, far_lse, window, scale):
+    q, k, v, far, dtype = *exactly(q, k, v, far), q.dtype
     of_band, lse = part(band_logits(q, k, alpha, window, scale), v)
     far, far_lse = F.pad(far, (0, 0, 0, 0, window + 1, 0)), F.pad(far_lse, (window + 1, 0), value=-math.inf)
     merged = torch.logaddexp(lse, far_lse)
     out = of_band * (lse - merged).exp()[..., None] + far.transpose(1, 2) * (far_lse - merged).exp()[..., None]
-    return out.transpose(1, 2).contiguous(), merged
+    return out.to(dtype).transpose(1, 2).contiguous(), merged
 
 
 def band_backward_plain(grad, q, k, v, alpha, out, lse, far, window, scale):
+    grad, q, k, v, out, dtype = *exactly(grad, q, k, v, out), q.dtype
     ds, dv = part_backward(band_logits(q, k, alpha, window, scale), v, grad.transpose(1, 2), out.transpose(1, 2), lse)
     ds, weight = ds * scale, per_head(alpha)
     reciprocal = ds @ q  # (B, H, T, D): its product with k_i is the logits' derivative by alpha
@@ -185,7 +197,7 @@ def band_backward_plain(grad, q, k, v, alpha, out, lse, far, window, scale):
     found[0][:, window + 1:] += far[0]
     for mine, theirs in zip(found[1:], far[1:]):
         mine[:, :q.size(2) - window - 1] += theirs
-    return *found, (k * reciprocal).sum((0, 2, 3)).to(alpha.dtype)
+    return *(x.to(dtype) for x in found), (k * reciprocal).sum((0, 2, 3)).to(alpha.dtype)
 
 
 # --- the band on a GPU -------------------------------------------------------------------------------
@@ -218,7 +230,7 @@ def band_forward(q, k, v, alpha, far, far_lse, window, scale):
 def band_backward(grad, q, k, v, alpha, out, lse, far, window, scale):
     found = [of_tokens(q) for _ in range(3)]
     by_alpha = q.new_zeros(*q.shape[:2], -(-q.size(2) // 16), dtype=torch.float32)  # (B, H, blocks, of 16 or more tokens)
-    launch(band_backward_kernel, q, k, v, alpha, grad.contiguous(), out, lse, *far, *found, by_alpha, by_alpha.size(2),
+    launch(band_backward_kernel, q, k, v, alpha, grad, out, lse, *far, *found, by_alpha, by_alpha.size(2),
            window=window, scale=scale)
     return *found, by_alpha.sum((0, 2)).to(alpha.dtype)
 

@@ -70,14 +70,15 @@ def unfair(runs):
 
 
 def plot(runs, path):
-    """Loss, sparsity and learning rate over tokens, how far several runs are from the first, and the sparsity of each matrix, to
-    a PNG at `path`."""
+    """Loss, sparsity and learning rate over tokens, how far each run is from the first where both logged, and the sparsity of each
+    matrix, to a PNG at `path`."""
     import matplotlib
     matplotlib.use('Agg')  # no display needed
     from matplotlib import pyplot
 
     pruned = [run for run in runs if run['summary'].get('sparsity_by_layer')]
-    heights = {'loss (nat a token)': 4, **({'minus the first': 2} if len(runs) > 1 else {}), **({'sparsity': 1} if pruned else {}),
+    shared = any(set(mine) & set(theirs) for run in runs[1:] for mine, theirs in zip(losses(run), losses(runs[0])))
+    heights = {'loss (nat a token)': 4, **({f"minus {runs[0]['name']} (nat)": 2} if shared else {}), **({'sparsity': 1} if pruned else {}),
                'learning rate': 1}
     figure, axes = pyplot.subplots(len(heights), 2 if pruned else 1, figsize=(12 if pruned else 8, 7), squeeze=False, sharex='col',
                                    layout='constrained', height_ratios=list(heights.values()), width_ratios=(5, 3) if pruned else (1,))
@@ -102,7 +103,7 @@ def losses(run):
 
 
 def plot_run(run, first, color, panels):
-    loss, difference = panels['loss (nat a token)'], panels.get('minus the first')
+    loss, difference = panels['loss (nat a token)'], panels.get(f"minus {first['name']} (nat)")
     final = run['summary']['val_loss']  # None if it ended before the first evaluation
     styles = (dict(alpha=0.35, linewidth=1, label=f"{run['name']}, training"),
               dict(marker='o', markersize=3, label=f"{run['name']}, validation: " + ('-' if final is None else f'{final:.3f}')))

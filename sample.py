@@ -77,7 +77,7 @@ def load_model(run_dir, checkpoint, machine):
     """(model for use on `machine`, name of its tokenizer) from a run directory; Refused if there is none."""
     model, saved = rundir.load_model(run_dir, checkpoint)
     if machine.device.type == 'cuda':
-        torch.cuda.set_device(machine.device)  # the loss kernel is launched on the current device
+        torch.cuda.set_device(machine.device)  # Triton's kernels are launched on the current device
     for p in model.parameters():
         p.data = p.data.to(machine.device, machine.dtype if p.dim() >= 2 else torch.float32)
     return model, saved['data']['tokenizer']
@@ -85,6 +85,8 @@ def load_model(run_dir, checkpoint, machine):
 
 def draw(logits, temperature, top_k, top_p, generators):
     """One token a row from logits (B, vocab_size), each row by one number of its own generator -> list of B ints."""
+    if not logits.amax(-1).isfinite().all():
+        raise Refused('the model gives logits that are not finite: its weights are broken, or too large for the dtype')
     if temperature == 0:
         return logits.argmax(-1).tolist()
     order = None

@@ -188,6 +188,7 @@ FX = AUTOGRAD + 'CompiledFunctionBackward > CompiledFunctionBackward > ## Call C
     ('gradient accumulation', 'anatomy: steps > aten::zero_ > aten::fill_ > cudaLaunchKernel > vectorized_elementwise_kernel'),
     ('embedding', FX + 'triton_poi_fused_embedding_dense_backward_9'),
     ('attention', FX + 'aten::_scaled_dot_product_cudnn_attention_backward > cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16'),
+    ('attention', FX + 'nanoprune::windowed_backward > cuLaunchKernelEx > band_backward_kernel'),
     ('attention', FX + 'graph_0_cpp_fused_add_clone_permute_select_backward_4'),
     ('attention', 'void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<64, 128, 128>>'),
     ('matrix products', FX + 'aten::mm > cuLaunchKernelEx > nvjet_tst_192x192_64x4_2x1_v_bz_coopA_NTN'),

@@ -150,6 +150,7 @@ def test_score_is_the_same_on_a_gpu_that_is_not_the_first(tiny, tmp_path, capsys
 ATTENTIONS = {
     'mla': dict(attention='mla', latent_dim=128),
     'mla, shared': dict(attention='mla', latent_dim=128, per_head_q_latent=False, per_head_v_up=False),
+    'mla, rotary': dict(attention='mla', latent_dim=128, latent_rotary=16),
     'ra': dict(ra_learned=True, ra_alpha=0.5),
     'ra everywhere': dict(ra_learned=True, ra_alpha=0.5, ra_window=-1),
     'mla, ra': dict(attention='mla', latent_dim=128, ra_alpha=0.5, ra_window=10),
@@ -157,16 +158,16 @@ ATTENTIONS = {
 
 
 @pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 2e-3), (torch.bfloat16, 5e-2)])
-@pytest.mark.parametrize('T, D, window', [(1024, 64, 64), (1024, 64, 0), (300, 64, 64), (128, 16, 5), (256, 128, 200)])
-def test_fused_window_equals_its_dense_twin_in_float64(T, D, window, dtype, tolerance):
+@pytest.mark.parametrize('B, H, T, D, window', [
+    (2, 3, 1024, 64, 64), (2, 3, 1024, 64, 0), (1, 3, 300, 64, 64), (2, 1, 128, 16, 5), (2, 3, 256, 128, 200), (2, 3, 200, 32, 1)])
+def test_fused_window_equals_its_dense_twin_in_float64(B, H, T, D, window, dtype, tolerance):
     """Forward and gradients, the learned weight's too. Beyond the window float32 products may be made in TF32, hence the tolerance."""
     draw = torch.Generator('cuda').manual_seed(0)
-    exact = [torch.randn(2, 3, T, D, device='cuda', dtype=torch.float64, generator=draw) for _ in range(4)]
-    exact = [x.to(dtype).double() for x in exact]  # both get the same numbers
-    alpha = torch.tensor([0.5, -1.0, 0.0], device='cuda')
+    exact = torch.randn(B, T, 4, H, D, device='cuda', dtype=torch.float64, generator=draw).to(dtype)  # both get the same numbers
+    alpha = torch.tensor([0.5, -1.0, 0.0], device='cuda')[:H]
     results = []
     for kind, function in ((dtype, attend), (torch.float64, dense_reciprocal)):
-        *inputs, upstream = [x.to(kind).requires_grad_() for x in exact]
+        *inputs, upstream = exact.to(kind).requires_grad_().permute(2, 0, 3, 1, 4)  # strided as a projection's
         weight = alpha.to(torch.promote_types(kind, torch.float32)).requires_grad_()
         y = function(*inputs, weight, window, D ** -0.5)
         results.append([y, *torch.autograd.grad(y, [*inputs, weight], upstream)])
@@ -233,4 +234,4 @@ def test_speed_and_memory_beside_vanilla():
         torch.cuda.synchronize()
         rates[name] = 10 * idx.numel() / start.elapsed_time(end)  # thousands a second
         print(f'{name}: {rates[name]:.0f}k tokens/s, {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB')
-        assert rates[name] > 0.7 * rates['mha'], name
+        assert rates[name] > 0.8 * rates['mha'], name

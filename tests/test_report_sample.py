@@ -193,7 +193,7 @@ def test_picture_of_several_runs_shows_how_far_each_is_from_the_first(trained, t
     report.main([str(trained), str(tmp_path / 'other'), f'--plot={tmp_path}/p.png'])
     report.main([str(trained), f'--plot={tmp_path}/p.png'])
     labels = [[axis.get_ylabel() for axis in figure.axes] for figure in figures]
-    assert labels == [['loss (nat a token)', 'minus the first', 'learning rate'], ['loss (nat a token)', 'learning rate']]  # none prunes
+    assert labels == [['loss (nat a token)', 'minus run (nat)', 'learning rate'], ['loss (nat a token)', 'learning rate']]  # none prunes
     told = [[json.loads(line) for line in (tmp_path / name / 'metrics.jsonl').read_text().splitlines()] for name in ('run', 'other')]
     for line, key in zip(figures[0].axes[1].lines, ('loss', 'val_loss')):
         mine, theirs = ([r[key] for r in rows if key in r] for rows in told)

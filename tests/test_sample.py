@@ -89,6 +89,16 @@ def test_top_p_keeps_the_fewest_likeliest_tokens_that_make_it_up():
         assert (seen - share).abs().max() < 0.04
 
 
+@pytest.mark.parametrize('told', [dict(temperature=0), dict(temperature=1.0), dict(temperature=1.0, top_k=2, top_p=0.9)])
+@pytest.mark.parametrize('broken', [math.nan, math.inf])
+def test_logits_that_are_not_finite_are_an_error(told, broken):
+    logits = torch.zeros(2, 5)
+    logits[1, 3] = broken
+    arguments = {'top_k': 0, 'top_p': 1.0, **told}
+    assert refusal(lambda logits: sample.draw(logits, **arguments, generators=[torch.Generator()] * 2), logits) == [
+        'the model gives logits that are not finite: its weights are broken, or too large for the dtype']
+
+
 def test_top_p_counts_among_the_top_k():
     logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log().expand(300, 4)
     drawn = sample.draw(logits, 1.0, 2, 0.58, [torch.Generator().manual_seed(i) for i in range(300)])
