@@ -47,7 +47,7 @@ class Settings:
     dropout: float = 0.0  # probability; 0 for pre-training (nanoGPT), 0.1 in the GPT-2 paper's code
     bias: bool = False  # in linear layers and LayerNorms; True is GPT-2, False is nanoGPT's default
     loss_chunk_tokens: int = 8192  # tokens whose logits exist at the same time: memory is this x vocabulary
-    # --- attention (formulas and sources: attention.py, reciprocal.py) ----------------------------------------------------
+    # --- attention (formulas and sources: attention.py, reciprocal.py) -------------------------------------
     attention: Literal['mha', 'mla'] = 'mha'  # multi-head (GPT-2), or latent (DeepSeek-V2, arXiv 2405.04434)
     latent_dim: int = 128  # mla: width of the two latents a token that keys and values are made of
     per_head_q_latent: bool = True  # mla: each head has a matrix of its own from latent to key; False: all share one
@@ -284,8 +284,8 @@ def check_attention(s):
     problems, reciprocal = [], s.ra_learned or s.ra_alpha != 0
     if s.attention != 'mla':
         problems += unused(s, 'latent_dim per_head_q_latent per_head_v_up latent_norm latent_scale latent_rotary', 'attention=mla')
-    elif s.latent_rotary and not 0 < s.latent_rotary < (width := s.n_embd // max(1, s.n_head)) or s.latent_rotary % 2:
-        problems.append(f'latent_rotary={s.latent_rotary}: must be even, not negative and below the head width n_embd / n_head = {width}')
+    elif s.latent_rotary % 2 or s.latent_rotary < 0 or (s.latent_rotary and s.latent_rotary * s.n_head >= s.n_embd):
+        problems.append(f'latent_rotary={s.latent_rotary}: must be even, not negative and below the head width n_embd / n_head')
     if not reciprocal:
         problems += unused(s, 'ra_window', 'ra_alpha or ra_learned')
     if s.ra_window < -1:

@@ -462,9 +462,9 @@ REFUSED = {
     'idle window': (dict(ra_window=8), ['ra_window=8: acts only with ra_alpha or ra_learned; leave it out']),
     'window': (dict(ra_window=-2, ra_learned=True), ['ra_window=-2: must be at least 0, or -1 for all earlier tokens']),
     'rotary': (dict(latent_rotary=16, attention='mla'), [
-        'latent_rotary=16: must be even, not negative and below the head width n_embd / n_head = 16']),
-    'odd rotary': (dict(latent_rotary=3, attention='mla'), [
-        'latent_rotary=3: must be even, not negative and below the head width n_embd / n_head = 16']),
+        'latent_rotary=16: must be even, not negative and below the head width n_embd / n_head']),
+    'odd rotary': (dict(latent_rotary=-3, attention='mla'), [
+        'latent_rotary=-3: must be even, not negative and below the head width n_embd / n_head']),
     'latents': (dict(latent_dim=0, attention='mla'), ['latent_dim=0: must be at least 1']),
     'dropout': (dict(ra_learned=True, dropout=0.1, ra_window=8), [
         'dropout=0.1 ra_window=8: the kernels of the window have no dropout; set --dropout=0 or --ra_window=-1']),
