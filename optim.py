@@ -205,21 +205,21 @@ class AdamWSPAM(AdamW):
             self.shared.update(spam.new_history(device))
 
     def state_of(self, p):
-        new = not self.state[p]
-        state = super().state_of(p)
+        new, state = not self.state[p], super().state_of(p)
         if new and self.cycle:
             state['restart'] = 0  # value of `step` from which the bias correction counts
-            exact, S = state['exp_avg'], len(self.group_of(p).get('layout', ('',)))
+            exact = state['exp_avg']
             if self.cycle.mode == 'reference':
                 state['max_exp_avg_sq'] = torch.zeros_like(exact)
             if self.cycle.mode == 'stable':
-                state.update({key: torch.zeros(S, dtype=exact.dtype, device=exact.device) for key in spam.LEVELS})
+                state.update({key: exact.new_zeros(len(self.group_of(p).get('layout', ('',)))) for key in spam.LEVELS})
         return state
 
     def group_of(self, p):
         return next(group for group in self.param_groups if any(p is q for q in group['params']))
 
     def before_update(self, grads, clip, finite, norm):
+        """Adds where the cycle stands (`reset`, `theta`), whether 'reference' fires, and what the moments are multiplied by (`carry`)."""
         t = self.shared['updates']
         self.shared['updates'] += 1
         now = super().before_update(grads, clip, finite, norm)
@@ -243,6 +243,7 @@ class AdamWSPAM(AdamW):
         return now
 
     def options(self, group, p, grad, now):
+        """Adds the handling of spikes; 'stable' makes another gradient, clipped by itself."""
         if self.cycle is None:
             return super().options(group, p, grad, now)
         state, exact = self.state[p], self.state[p]['exp_avg'].dtype
@@ -370,8 +371,7 @@ class AdamWPrune(AdamWSPAM):
         return self.shared['masked_at'] >= self.last
 
     def state_of(self, p):
-        new = not self.state[p]
-        state = super().state_of(p)
+        new, state = not self.state[p], super().state_of(p)
         names = new and [name for _, q, name, _ in self.scope() if q is p]
         if names:
             state['mask'] = torch.ones_like(p, dtype=torch.bool)
@@ -385,6 +385,7 @@ class AdamWPrune(AdamWSPAM):
         return state
 
     def options(self, group, p, grad, now):
+        """Adds the mask, SR-STE while weights may regrow, and the learning rate of what is left."""
         grad, step, options = super().options(group, p, grad, now)
         if 'mask' in self.state[p]:
             dense = self.regrow and not self.frozen

@@ -103,6 +103,7 @@ def losses(run):
 
 
 def plot_run(run, first, color, panels):
+    """One run's lines on the panels, {label: axis}, and how far it is from the run `first`."""
     loss, difference = panels['loss (nat a token)'], panels.get(f"minus {first['name']} (nat)")
     final = run['summary']['val_loss']  # None if it ended before the first evaluation
     styles = (dict(alpha=0.35, linewidth=1, label=f"{run['name']}, training"),
