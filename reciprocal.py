@@ -32,8 +32,8 @@ def widened(q, k, alpha):
 
 def dense_reciprocal(q, k, v, alpha, window, scale):
     """Reciprocal attention by its formula, with all (B, H, T, T) logits: the CPU's, and what the fused one is tested against."""
-    exact = torch.promote_types(q.dtype, torch.float32)
-    logits, back = q.to(exact) @ k.to(exact).mT * scale, steps_back(q)  # (B, H, T, T), (T, T)
+    q, k = exactly(q, k)
+    logits, back = q @ k.mT * scale, steps_back(q)  # (B, H, T, T), (T, T)
     logits = logits + torch.where((back >= 0) & (back <= window), per_head(alpha) * logits.mT, 0)
     return logits.masked_fill(back < 0, -math.inf).softmax(-1).to(v.dtype) @ v
 

@@ -85,14 +85,15 @@ def load_model(run_dir, checkpoint, machine):
 
 def draw(logits, temperature, top_k, top_p, generators):
     """One token a row from logits (B, vocab_size), each row by one number of its own generator -> list of B ints."""
-    if not logits.amax(-1).isfinite().all():
+    highest = logits.amax(-1, keepdim=True)
+    if not highest.isfinite().all():
         raise Refused('the model gives logits that are not finite: its weights are broken, or too large for the dtype')
     if temperature == 0:
         return logits.argmax(-1).tolist()
     order = None
     if top_k or top_p < 1:
         logits, order = logits.topk(top_k or logits.size(-1))  # (B, K) each, likeliest first
-    logits = (logits - logits.amax(-1, keepdim=True)).double() / temperature  # the highest at 0: low temperatures overflow
+    logits = (logits - highest).double() / temperature  # the highest at 0: low temperatures overflow
     probabilities = logits.softmax(-1)
     if top_p < 1:
         probabilities.masked_fill_(probabilities.cumsum(-1) - probabilities >= top_p, 0)  # a token goes if those before it are enough
