@@ -35,11 +35,11 @@ PATTERNS = [(part, re.compile(pattern)) for part, pattern in (
     ('gradient accumulation', rf'{SUMS}|AccumulateGrad|(CompiledFunction|Embedding)Backward\d* > aten::add|{WINDOW} > aten::zero_'),
     ('embedding', r'embedding|Embedding|SliceBackward'),
     ('attention', r'scaled_dot_product|ScaledDotProduct|attention|flash|fmha|sdpa|nanoprune::windowed'),
-    ('matrix products', r'aten::(linear|matmul|mm|addmm|bmm)\b|\b(Mm|Addmm|T|UnsafeView)Backward|'
+    ('matrix products', r'fp8_product|aten::(linear|matmul|mm|addmm|bmm)\b|\b(Mm|Addmm|T|UnsafeView)Backward|'
                         r'gemm|nvjet|cutlass|xmma|cublas|Cijk_|triton_tem'),
     ('normalisation and activation', r'(layer|rms)_norm|(Layer|RMS)Norm|gelu|Gelu|dropout|Dropout'),
     ('attention', r'unbind|Unbind|permute|Permute|transpose|Transpose|select_backward|clone|fused_cat'),  # its layout of q, k, v
-    ('normalisation and activation', r'aten::(add|to|sum)\b|AddBackward|ToCopyBackward|triton_|cpp_fused'),  # residual, casts
+    ('normalisation and activation', r'aten::(add|to|sum)\b|AddBackward|ToCopyBackward|triton_|cpp_fused|fp8_'),  # residual, casts
 )]
 PARTS = ('attention', 'matrix products', 'head and loss', 'normalisation and activation', 'embedding', 'gradient accumulation',
          'optimizer', 'data', 'other')  # other: scalars, views, the compiler's wrappers, what no pattern knows

@@ -42,9 +42,7 @@ def loss_chunk_fused(x, weight, targets, scored, vocab_size, grad_weight):
     V is vocab_size rounded up to a multiple of 128 (padded_vocab_size): what the kernel's last block must cover.
     """
     logits = x @ weight.t()  # (n, V)
-    losses = torch.empty(len(x), dtype=torch.float32, device=x.device)
-    cross_entropy_kernel[len(x),](logits, targets, scored, losses, vocab_size, weight.size(0), GRADIENT=grad_weight is not None,
-                                  BLOCK=4096, num_warps=32 if torch.version.cuda else 16)  # 1,024 threads
+    losses = cross_entropy(logits, targets, scored, vocab_size, gradient=grad_weight is not None)
     if grad_weight is None:
         return losses.sum(), None
     if torch.version.cuda and x.dtype == torch.bfloat16:  # the product is added to float32 as it is, not rounded first
@@ -52,6 +50,14 @@ def loss_chunk_fused(x, weight, targets, scored, vocab_size, grad_weight):
     else:
         grad_weight += logits.t() @ x
     return losses.sum(), logits @ weight
+
+
+def cross_entropy(logits, targets, scored, vocab_size, gradient=False):
+    """logits (n, V) on a GPU -> each token's share of the mean loss (n,) float32; with `gradient` they become their gradient."""
+    losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
+    cross_entropy_kernel[len(logits),](logits, targets, scored, losses, vocab_size, logits.size(1), GRADIENT=gradient, BLOCK=4096,
+                                       num_warps=32 if torch.version.cuda else 16)  # 1,024 threads
+    return losses
 
 
 if triton:
@@ -91,11 +97,16 @@ if triton:
                 tl.store(logits + target, ((tl.exp2(correct - log_total) - 1) * share).to(logits.dtype.element_ty))
 
 
+def fastest_chunk(x, plain):
+    """loss_chunk_fused where it can be, else `plain`: loss_chunk, compiled or not."""
+    return loss_chunk_fused if x.is_cuda and triton and x.dtype != torch.float64 else plain
+
+
 class ChunkedCrossEntropy(torch.autograd.Function):
     """Mean cross-entropy of x (N, C) through the head `weight` (V, C), with the gradients computed chunk by chunk.
 
     Memory: `chunk` x V logits instead of N x V, plus a float32 gradient of the weight. The backward only scales.
-    one_chunk is loss_chunk, compiled or not. Returns a float32 scalar (float64 for float64 input).
+    one_chunk: loss_chunk or another that does the same. Returns a float32 scalar (float64 for float64 input).
     """
 
     @staticmethod
@@ -112,9 +123,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def chunked_loss(x, weight, targets, vocab_size, chunk, one_chunk=loss_chunk, grad_weight=None):
-    """(mean loss over the scored tokens, gradient of x or None); see loss_chunk for the arguments. A GPU has its own kernel."""
-    if x.is_cuda and triton and x.dtype != torch.float64:
-        one_chunk = loss_chunk_fused
+    """(mean loss over the scored tokens, gradient of x or None); see loss_chunk for the arguments."""
     scored = (targets >= 0).sum().clamp(min=1)
     losses, gradients = zip(*(one_chunk(piece, weight, target, scored, vocab_size, grad_weight)
                               for piece, target in zip(x.split(chunk), targets.split(chunk))))

@@ -14,7 +14,8 @@ def predicted_memory(s, config, dtype, parameters, prunable, gpu=False):
     compute the norms again (activation_budget < 1); uncompiled it also keeps the GELU's 4 and float32 norm inputs.
     Latent attention keeps q and its latents instead of q, k and v, with a rotary part q once more; reciprocal attention without
     a window keeps two outputs more, and latent keys (uncompiled 7 widths, of double q, k and v), as counted in the compiler's
-    graphs. Attention is taken to be fused: dense logits are not in here.
+    graphs. With float8 the MLP keeps its input in float8, never its GELU, and two matrices; of the head and of its logits'
+    gradient there are two in float8. Attention is taken to be fused: dense logits are not in here.
     """
     element = torch.finfo(dtype).bits // 8
     tokens = s.batch_size * s.block_size
@@ -24,7 +25,8 @@ def predicted_memory(s, config, dtype, parameters, prunable, gpu=False):
     if s.latent_rotary:  # uncompiled its parts in float32 too
         kept += 1 + s.latent_rotary / s.n_embd if s.compile else 2 + 2 * s.latent_rotary * s.n_head / s.n_embd
     kept += (2 + bool(latents) if s.compile else 7) * (is_reciprocal(config) and not has_window(config))
-    a_block = int((kept * element + (0 if s.compile else 2 * 4)) * tokens * s.n_embd)
+    kept -= s.fp8 * (0.5 if s.compile else 4.5)
+    a_block = int((kept * element + (0 if s.compile else 2 * 4)) * tokens * s.n_embd) + s.fp8 * 8 * s.n_embd**2
     chunk = min(s.loss_chunk_tokens, tokens) * config.padded_vocab_size
     return {
         'working weights': parameters * element if element < 4 else 0,
@@ -33,7 +35,8 @@ def predicted_memory(s, config, dtype, parameters, prunable, gpu=False):
         'gradients': parameters * (4 + element),
         'pruning': prunable * per_weight(s, element) if s.prune_score != 'none' else 0,
         'activations': s.n_layer * a_block + 2 * tokens * s.n_embd * element,
-        'logits': chunk * (element if gpu or s.compile else element + 4 * 4) + config.padded_vocab_size * s.n_embd * (4 + 2 * element),
+        'logits': chunk * ((element if gpu or s.compile else element + 4 * 4) + 2 * s.fp8)
+                  + config.padded_vocab_size * s.n_embd * (4 + 2 * element + 2 * s.fp8),
     }
 
 

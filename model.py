@@ -11,8 +11,9 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
+import fp8
 from attention import Attention, LatentAttention, Linear, is_reciprocal, recomputed, up_std
-from loss import ChunkedCrossEntropy, chunked_loss, loss_chunk
+from loss import ChunkedCrossEntropy, chunked_loss, fastest_chunk, loss_chunk
 
 
 @dataclass
@@ -35,6 +36,7 @@ class GPTConfig:
     ra_window: int = 64
     ra_learned: bool = False
     loss_chunk_tokens: int = 8192
+    fp8: bool = False
 
     @property
     def padded_vocab_size(self):
@@ -70,12 +72,15 @@ def gelu(x):
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.dropout = config.dropout
+        self.dropout, self.fp8 = config.dropout, config.fp8
         self.fc = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x):  # (B, T, C)
-        y = self.proj(recomputed(gelu, self.fc(x)))  # again in the backward, in one kernel with its gradient
+        if self.fp8 and torch.is_grad_enabled():  # evaluation and sampling are in the matrices' type
+            y = fp8.Float8MLP.apply(x, self.fc.weight, self.proj.weight)
+        else:
+            y = self.proj(recomputed(gelu, self.fc(x)))  # again in the backward, in one kernel with its gradient
         return F.dropout(y, self.dropout, self.training)
 
 
@@ -137,9 +142,10 @@ class GPT(nn.Module):
         x = self.hidden(idx)
         if targets is None:
             return self.head(x)
-        arguments = (x.flatten(0, 1), self.token_embedding.weight, targets.flatten(), self.config.vocab_size,
-                     self.config.loss_chunk_tokens, self.loss_chunk)
-        return ChunkedCrossEntropy.apply(*arguments) if torch.is_grad_enabled() else chunked_loss(*arguments)[0]
+        weight, training = self.token_embedding.weight, torch.is_grad_enabled()
+        one_chunk = fp8.head(weight) if self.config.fp8 and training else fastest_chunk(x, self.loss_chunk)
+        arguments = (x.flatten(0, 1), weight, targets.flatten(), self.config.vocab_size, self.config.loss_chunk_tokens, one_chunk)
+        return ChunkedCrossEntropy.apply(*arguments) if training else chunked_loss(*arguments)[0]
 
     def compile_parts(self):
         """Compile the blocks and, where loss.py has no kernel for it, the loss of a chunk: each a graph of its own.

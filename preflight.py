@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+import fp8
 import prune
 from attention import attention_backend, is_reciprocal
 from export import problems_of, read_gpt2
@@ -66,7 +67,7 @@ def find_machine(asked, dtype):
 def preflight(s, problems):
     """(machine, data) for these settings, or Refused with every problem at once, those in `problems` included."""
     machine, more = find_machine(s.device, s.dtype)
-    problems, data, needed = problems + more, None, 0
+    problems, data, needed = problems + more + (check_fp8(machine) if s.fp8 else []), None, 0
     if s.gradient_accumulation_steps % machine.world:
         problems.append(f'gradient_accumulation_steps={s.gradient_accumulation_steps}: counts the micro-batches of all ranks, '
                         f'so it must be a multiple of the {machine.world} processes')
@@ -85,6 +86,18 @@ def preflight(s, problems):
     if problems:
         raise Refused(problems)
     return machine, data
+
+
+def check_fp8(machine):
+    """Problems of fp8=True with this machine."""
+    if machine.device.type != 'cuda' or not torch.version.cuda or not fp8.triton:
+        return [f'fp8=True: needs an NVIDIA GPU with CUDA and Triton, this is {machine.name}; leave it out']
+    capability = torch.cuda.get_device_capability(machine.device)
+    if capability < (9, 0):
+        return [f'fp8=True: needs compute capability 9.0 (H100) or more, {machine.name} has {".".join(map(str, capability))}; leave it out']
+    if machine.dtype != torch.bfloat16:
+        return [f'fp8=True: its products end in bfloat16, dtype is {str(machine.dtype)[6:]}; set --dtype=bfloat16']
+    return []
 
 
 def optimizer_options(s, model):
@@ -242,7 +255,8 @@ def table(s, machine, data, model, start_step):
         ('data', f'{data.name}, {data.tokenizer}, {data.vocab_size} tokens, fingerprint {data.fingerprint[:16]}'),
         ('evaluation', f'{s.eval_tokens or data.val.tokens:,} of {data.val.tokens:,} tokens every {s.eval_interval} steps'),
         ('device', f'{machine.name}, {peak}'),
-        ('numbers', f'{str(machine.dtype)[6:]} at work, float32 masters, moments and gradients'),
+        ('numbers', f'{str(machine.dtype)[6:]} at work, float32 masters, moments and gradients'
+                    + ('; training multiplies in float8 in MLP and head' if s.fp8 else '')),
         ('attention', attention_plan(s) + backend
                       + (' (unfused, as allowed)' if backend == 'math' and machine.device.type == 'cuda' else '')),
         ('compile', 'yes, proven after the first steps' if s.compile else 'no'),

@@ -47,6 +47,7 @@ class Settings:
     dropout: float = 0.0  # probability; 0 for pre-training (nanoGPT), 0.1 in the GPT-2 paper's code
     bias: bool = False  # in linear layers and LayerNorms; True is GPT-2, False is nanoGPT's default
     loss_chunk_tokens: int = 8192  # tokens whose logits exist at the same time: memory is this x vocabulary
+    fp8: bool = False  # training multiplies in float8 in the MLP and the head (arXiv 2209.05433); H100-class GPUs only
     # --- attention (formulas and sources: attention.py, reciprocal.py) -------------------------------------
     attention: Literal['mha', 'mla'] = 'mha'  # multi-head (GPT-2), or latent (DeepSeek-V2, arXiv 2405.04434)
     latent_dim: int = 128  # mla: width of the two latents a token that keys and values are made of
@@ -266,6 +267,9 @@ def check(s):
     require(s.min_lr <= s.learning_rate, 'min_lr', 'learning_rate', must='min_lr must not be above learning_rate')
     require(s.eval_tokens == 0 or s.eval_tokens >= s.block_size, 'eval_tokens', 'block_size',
             must='must hold at least one sequence; 0 scores the whole split')
+    require(not (s.fp8 and s.bias), 'fp8', 'bias', must='the products in float8 have no bias; set one of the two to False')
+    for key, unit in (('n_embd', 16), ('block_size', 16), ('loss_chunk_tokens', 64)):  # 64: out of memory it is quartered
+        require(not s.fp8 or getattr(s, key) % unit == 0, 'fp8', key, must=f'the products in float8 want a multiple of {unit}')
     problems += check_attention(s) + check_optimizer(s)
     require(s.out_dir, 'out_dir', must='must name a folder')
     require(s.dataset, 'dataset', must='must name a data set')

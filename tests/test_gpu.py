@@ -6,6 +6,7 @@ import torch
 from conftest import assert_same_run, losses, train
 
 import bench
+import fp8
 import optim
 import loss
 import sample
@@ -235,3 +236,110 @@ def test_speed_and_memory_beside_vanilla():
         rates[name] = 10 * idx.numel() / start.elapsed_time(end)  # thousands a second
         print(f'{name}: {rates[name]:.0f}k tokens/s, {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB')
         assert rates[name] > 0.8 * rates['mha'], name
+
+
+# --- float8 --------------------------------------------------------------------------------------------
+
+
+def float8_matrices(shape, vocab_size):
+    """{name: float8 tensor} of every kernel that writes some, on one random matrix, and {name: that of the plain twins}."""
+    draw = torch.Generator().manual_seed(0)
+    x, da = torch.randn(shape, generator=draw).mul(3).bfloat16(), torch.randn(shape, generator=draw).mul(1e-6).bfloat16()
+    targets = torch.randint(vocab_size, shape[:1], generator=draw)
+    targets[::7], targets[1], targets[2] = -1, 0, vocab_size - 1
+    scored, found = (targets >= 0).sum(), []
+    losses = fp8.cross_entropy_plain(x, targets, scored, vocab_size)
+    for device in ('cuda', 'cpu'):
+        x, da, targets, losses, scored = (tensor.to(device) for tensor in (x, da, targets, losses, scored))
+        inverse = fp8.inverse_of(fp8.longest(x.cpu()).to(device))
+        cast, gelu = fp8.cast_both(x, inverse), fp8.gelu_backward(x, da, inverse * 1e-6, inverse)
+        gradient = fp8.logit_gradient(x, targets, losses, scored, vocab_size)
+        found.append({name: tensor.view(torch.uint8) for name, tensor in zip(
+            ('cast', 'cast, transposed', 'gelu backward', 'gelu backward, transposed', 'gelu, transposed', 'logits', 'logits, transposed'),
+            (*cast, *gelu, *gradient), strict=True)})
+    return found
+
+
+@pytest.mark.parametrize('packed', [True, False], ids=['packed', 'turned'])
+@pytest.mark.parametrize('shape, vocab_size', [((16, 16), 9), ((48, 80), 77), ((208, 1040), 1000), ((4096, 768), 700), ((2048, 3072), 3000),
+                                               ((256, 50304), 50257)])
+def test_fp8_kernels_equal_their_twins(monkeypatch, shape, vocab_size, packed):
+    monkeypatch.setattr(fp8, 'PACKED', packed)
+    ours, twins = float8_matrices(shape, vocab_size)
+    wrong = []
+    for name, tensor in ours.items():
+        differing = (tensor.cpu() != twins[name]).float().mean().item()
+        if differing > (0 if name.startswith('cast') else 1e-3):  # exp and sigmoid end in another last bit
+            wrong.append(f'{name}: {differing:.1e} of the bytes are not the twin\'s')
+        straight = ours.get(name.removesuffix(', transposed'))
+        if name.endswith('transposed') and straight is not None and not torch.equal(tensor, straight.t()):
+            wrong.append(f'{name}: is not')
+    print(f'PACKED={packed} {shape}: ' + ('; '.join(wrong) or 'right'))
+    assert not wrong
+
+
+@pytest.mark.parametrize('shape', [(32768, 768), (32768, 3072), (8192, 50304)])
+def test_fp8_transposed_matrices_of_gpt2_are_right_to_the_byte(shape):
+    x, inverse = torch.randn(shape, device='cuda', dtype=torch.bfloat16), torch.tensor(0.01, device='cuda')
+    targets = torch.randint(shape[1], shape[:1], device='cuda')
+    scored = torch.tensor(shape[0], device='cuda')
+    losses = loss.cross_entropy(x, targets, scored, shape[1])
+    for straight, turned in (fp8.cast_both(x, inverse), fp8.gelu_backward(x, x, inverse, inverse)[:2],
+                             fp8.logit_gradient(x, targets, losses, scored, shape[1])):
+        straight, turned = straight.view(torch.uint8), turned.view(torch.uint8)
+        for first in range(0, shape[0], 4096):
+            assert torch.equal(turned[:, first:first + 4096], straight[first:first + 4096].t())
+
+
+def test_fp8_product_is_that_of_the_rounded_numbers():
+    of_a, of_b = torch.tensor(0.01, device='cuda'), torch.tensor(0.02, device='cuda')
+    for m, n, k in ((32768, 3072, 768), (768, 3072, 32768), (8192, 50304, 768), (50304, 768, 8192), (16, 48, 32)):
+        a8, b8 = (fp8.cast(torch.randn(rows, k, device='cuda'), of) for rows, of in ((m, of_a), (n, of_b)))
+        for left in (a8, (a8.float() * 64).to(fp8.E5M2)):
+            for fast in (True, False):
+                ours = fp8.product(left, b8, of_a, of_b, torch.bfloat16, fast)[:512, :512]
+                exact = left[:512].double() @ b8[:512].double().t() * 2e-4
+                assert (ours.double() - exact).norm() <= (2e-2 if fast else 4e-3) * exact.norm(), (m, n, k, left.dtype, fast)
+
+
+def test_fp8_gradients_are_near_those_in_bfloat16_and_float64():
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=50257, block_size=256, n_layer=2, n_head=4, n_embd=256, loss_chunk_tokens=512)
+    exact, gradients = GPT(GPTConfig(**sizes)).cuda().double(), []
+    idx, targets = torch.randint(50257, (2, 6, 256), device='cuda')
+    targets[0, ::5] = -1
+    expected = exact(idx, targets)
+    expected.backward()
+    for told in (dict(), dict(fp8=True), dict(fp8=True, compile=True)):
+        model = GPT(GPTConfig(**sizes, fp8='fp8' in told)).cuda()
+        model.load_state_dict(exact.state_dict())
+        flats = flatten(model, torch.bfloat16)
+        if 'compile' in told:
+            model.compile_parts()
+        found = model(idx, targets)
+        found.backward()
+        accumulate(flats)
+        assert abs(found.item() - expected.item()) < 5e-3
+        gradients.append({name: grad.clone() for flat in flats for name, grad in flat.views(flat.parameter.main_grad).items()})
+    for name, p in exact.named_parameters():
+        errors = [((ours[name].double() - p.grad).norm() / p.grad.norm()).item() for ours in gradients]
+        print(f'{name} ' + ' '.join(f'{error:.1e}' for error in errors))
+        assert errors[0] < 3e-2 and max(errors[1:]) < 0.12, (name, errors)
+
+
+@pytest.mark.parametrize('told', [{}, dict(dropout=0.1, activation_budget=0.9), dict(attention='mla', latent_dim=128)])
+def test_fp8_compiles_without_breaks_and_learns(tiny, tmp_path, told):
+    assert train.main(tiny(**{**ON_GPU, 'fp8': True}, **told, max_iters=60)) == 0
+    result = summary(tmp_path / 'run')
+    assert result['compiled_graphs'] == 6 and result['graph_breaks'] == 0
+    assert result['val_loss'] < 4.0 and result['rung'] == 0
+
+
+@pytest.mark.parametrize('compiled', [False, True])
+def test_fp8_run_repeats_and_resumes_to_the_bit(tiny, tmp_path, compiled):
+    common = {**ON_GPU, 'fp8': True, 'compile': compiled, 'deterministic': True, 'lr_decay_iters': 12}
+    train.main(tiny(**common, max_iters=12, out_dir=tmp_path / 'straight'))
+    train.main(tiny(**common, max_iters=6, out_dir=tmp_path / 'split'))
+    train.main(tiny(**common, max_iters=12, out_dir=tmp_path / 'split', init_from='resume'))
+    torch.use_deterministic_algorithms(False)
+    assert_same_run(tmp_path / 'straight', tmp_path / 'split')
