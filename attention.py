@@ -166,14 +166,14 @@ class Attention(nn.Module):
 
     def decode(self, q, k, v, layer, step):
         """Attention of new queries (B, H, T, D) to all that the cache then holds -> (B, H, T, D)."""
-        layer['keys'][step.row, :, step.slot] = k[step.row, :, step.column]
-        layer['values'][step.row, :, step.slot] = v[step.row, :, step.column]
+        put(layer['keys'], k, step.positions, step.column)
+        put(layer['values'], v, step.positions, step.column)
         if step.causal:
             return attend(q, self.keys(k), self.values(v), scale=self.scale)
         mask, scale = step.allowed, self.scale or q.size(-1) ** -0.5
         if self.alpha is not None:
             mask = self.reciprocal_logits(q, self.keys(k), layer, step, scale).masked_fill(~step.allowed, -math.inf)
-            layer['queries'][step.ring.row, :, step.ring.slot] = q[step.ring.row, :, step.ring.column]
+            put(layer['queries'], q, step.ring.slot, step.ring.column)
         keys, values = layer['keys'][:, :, :step.end], layer['values'][:, :, :step.end]
         B, H, T, _ = q.shape
         held = keys.size(1)  # heads; 1 of MLA's latents, whose heads are more queries of it
@@ -249,11 +249,11 @@ class LatentAttention(Attention):
 
     def absorb(self, q):
         content, rotary = q.split([q.size(-1) - self.rotary, self.rotary], -1)
-        latent = content @ self.key_up.weight.view(self.key_heads, -1, self.latent_dim)  # (B, H, T, D - R) -> (B, H, T, L)
+        latent = torch.einsum('bhtd,hdl->bhtl', content, self.key_up.weight.view(self.key_heads, -1, self.latent_dim))  # d: D - R
         return torch.cat([latent, rotary], -1) if self.rotary else latent
 
     def release(self, y):
-        return y @ self.value_up.weight.view(self.value_heads, -1, self.latent_dim).mT  # (B, H, T, L) -> (B, H, T, D)
+        return torch.einsum('bhtl,hdl->bhtd', y, self.value_up.weight.view(self.value_heads, -1, self.latent_dim))
 
 
 def up_std(config):
@@ -273,21 +273,25 @@ class Ring(NamedTuple):
     """What RA needs of a step. Slot p % W of the ring holds the query of position p, of the last W positions."""
     band: Any  # (B, 1, T, end) bool: 0 <= i - j <= W
     source: Any  # (B, end) int64: where the query of position j is among [ring, new]
-    row: Any  # (M,) row, place among the new and slot in the ring, of the new queries that stay
-    column: Any
-    slot: Any
+    slot: Any  # (B, min(T, W)) int64: slots in the ring of the new queries that stay
+    column: Any  # and their places among the new
 
 
 class Step(NamedTuple):
     """Where T new tokens of each row belong, the same for all layers. All on the device."""
-    positions: Any  # (B, T) int64
-    row: Any  # (M,) row, place among the new and place in the cache, of the tokens that are no filling
-    column: Any
-    slot: Any
-    end: int  # places of the cache in use, by the longest row
+    positions: Any  # (B, T) int64; filling has the position of the last real token
+    column: Any  # (B, T) int64: places of the tokens among the new ones, again of the last real one for filling; None: no filling
+    end: int  # places of the cache that are looked at, at least those in use by the longest row
     allowed: Any  # (B, 1, T, end) bool: token i may see token j; None: all, or those up to it (causal)
     causal: bool  # nothing was read before, and no RA
     ring: Ring | None
+
+
+def put(held, new, slot, column):
+    """held[b, :, slot[b, m]] = new[b, :, column[b, m]], of held (B, H, places, D), new (B, H, T, D); column None: m itself."""
+    def wide(index):  # (B, M) -> (B, H, M, D)
+        return index[:, None, :, None].expand(-1, new.size(1), -1, new.size(3))
+    held.scatter_(2, wide(slot), new if column is None else new.gather(2, wide(column)))
 
 
 @dataclass
@@ -306,34 +310,31 @@ class Cache:
     def bytes(self):
         return sum(tensor.nbytes for layer in self.layers for tensor in layer.values())
 
-    def plan(self, T, counts, device):
-        """The Step of T new tokens a row, of which counts (B,) are real and the rest filling at the end."""
+    def read(self, T, counts, device):
+        """The Step of T new tokens a row, of which counts (B,), 1 or more, are real and the rest filling at the end; they count as read."""
         counts = torch.full_like(self.lengths, T) if counts is None else counts
         after = self.lengths + counts
         if after.max() > self.block_size:
             raise ValueError(f'{int(after.max())} tokens do not fit in block_size={self.block_size}')
-        place, end = torch.arange(T), int(after.max())
-        positions = self.lengths[:, None] + place  # (B, T)
-        row, column = (place < counts[:, None]).nonzero(as_tuple=True)  # (M,) each
-        earlier = positions[:, None, :, None] - torch.arange(end)  # (B, 1, T, end): i - j
-        allowed, causal, ring = earlier >= 0, False, None
-        if self.window >= 0:
-            ring = self.plan_ring(earlier, positions, after, row, column, device)
-        elif T == end and not self.lengths.any():
-            allowed, causal = None, T > 1
-        elif allowed.all():
-            allowed = None
-        return Step(positions.clamp(max=self.block_size - 1).to(device), row.to(device), column.to(device),
-                    positions[row, column].to(device), end, None if allowed is None else allowed.to(device), causal, ring)
+        if counts.min() < 1:
+            raise ValueError(f'counts={counts.tolist()}: each row must have a token')
+        end, before, self.lengths = int(after.max()), self.lengths, after
+        causal = self.window < 0 and T == end > 1 and not before.any()
+        masked = not causal and (T > 1 or int(after.min()) < end)
+        return self.step(before.to(device), counts.to(device), T, end, bool(counts.min() < T), masked, causal)
 
-    def plan_ring(self, earlier, positions, after, row, column, device):
-        key, W = torch.arange(earlier.size(-1)), self.window
-        new = key - self.lengths[:, None]  # (B, end): place among the new tokens, negative if it is not one of them
-        source = torch.where(new >= 0, W + new, key % max(W, 1)).clamp(max=W + positions.size(1) - 1)
-        kept = positions[row, column] >= after[row] - W
-        row, column = row[kept], column[kept]
-        parts = (earlier >= 0) & (earlier <= W), source, row, column, positions[row, column] % max(W, 1)
-        return Ring(*(part.to(device) for part in parts))
+    def step(self, lengths, counts, T, end, filled=False, masked=True, causal=False):
+        """The Step of T tokens a row, `counts` of them real, after `lengths`, (B,) each, with nothing read back from their device."""
+        place, key, ring = torch.arange(T, device=lengths.device), torch.arange(end, device=lengths.device), None
+        column = place.minimum(counts[:, None] - 1)
+        positions = lengths[:, None] + column  # (B, T)
+        earlier = positions[:, None, :, None] - key  # (B, 1, T, end): i - j
+        if (W := self.window) >= 0:
+            new = key - lengths[:, None]  # (B, end): place among the new tokens, negative if it is not one of them
+            source = torch.where(new >= 0, W + new, key % max(W, 1)).clamp(max=W + T - 1)
+            last = (counts[:, None] - 1 - place[:W]).clamp(min=0)  # (B, min(T, W)): of the new ones, from the end
+            ring = Ring((earlier >= 0) & (earlier <= W), source, (lengths[:, None] + last) % max(W, 1), last)
+        return Step(positions, column if filled else None, end, earlier >= 0 if masked or ring else None, causal, ring)
 
 
 def new_cache(config, rows, device, dtype):

@@ -115,27 +115,27 @@ class GPT(nn.Module):
             elif name.endswith('bias'):
                 nn.init.zeros_(p)
 
-    def hidden(self, idx, cache=None, counts=None):
+    def hidden(self, idx, cache=None, counts=None, step=None):
         """Tokens (B, T) -> the final normalised residual stream (B, T, C). T is at most block_size.
 
         With a cache (attention.new_cache) the tokens follow those it has read, and it reads them too. counts (B,) int64
-        on the CPU: how many of each row are real, the rest being filling at its end whose output means nothing.
+        on the CPU: how many of each row are real, the rest being filling at its end whose output means nothing. step: what
+        cache.read() would return, if that is known.
         """
         T = idx.size(1)
         if T > self.config.block_size:
             raise ValueError(f'{T} tokens do not fit in block_size={self.config.block_size}')
-        step = cache.plan(T, counts, idx.device) if cache else None
+        if cache and not step:
+            step = cache.read(T, counts, idx.device)
         positions = self.position_embedding(step.positions) if cache else self.position_embedding.weight[:T]
         x = F.dropout(self.token_embedding(idx) + positions, self.config.dropout, self.training)  # (B, T, C)
         for block, layer in zip(self.blocks, cache.layers if cache else [None] * len(self.blocks)):
             x = block(x, layer, step)
-        if cache:
-            cache.lengths = cache.lengths + (T if counts is None else counts)
         return self.norm(x)
 
     def head(self, hidden):
         """(..., C) -> logits (..., vocab_size): the padded rows are left out, so they can never be sampled."""
-        return hidden @ self.token_embedding.weight[:self.config.vocab_size].t()
+        return (hidden @ self.token_embedding.weight.t())[..., :self.config.vocab_size]  # cut afterwards: GPUs like even sizes
 
     def forward(self, idx, targets=None):
         """idx (B, T) int64 -> logits (B, T, vocab_size), or with targets (B, T; -1 = not scored) the mean loss alone."""

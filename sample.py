@@ -103,6 +103,35 @@ def draw(logits, temperature, top_k, top_p, generators):
     return (chosen if order is None else order.gather(-1, chosen))[:, 0].tolist()
 
 
+def one_more(model, cache):
+    """A function tokens (B,) int64 on the CPU -> logits (B, vocab_size) of one more token a row, as CUDA graphs.
+
+    The kernels of one token take less time than their launches, a graph is one launch. It is of fixed shapes, so there is one for
+    every 256 places of the cache that are looked at, recorded when they are first needed.
+    """
+    idx, lengths, counts = (torch.ones_like(cache.lengths, device=model.token_embedding.weight.device) for _ in range(3))
+    graphs, pool = {}, torch.cuda.graph_pool_handle()
+
+    def forward(end):
+        return model.head(model.hidden(idx[:, None], cache, step=cache.step(lengths, counts, 1, end))[:, 0])
+
+    def replay(tokens):
+        end = min(-(-int(cache.lengths.max() + 1) // 256) * 256, cache.block_size)
+        idx.copy_(tokens)
+        lengths.copy_(cache.lengths)
+        cache.lengths = cache.lengths + 1
+        if end in graphs:
+            graph, logits = graphs[end]
+            graph.replay()
+        else:
+            logits = forward(end)  # not recorded: libraries choose their kernels
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
+                graphs[end] = graph, forward(end)  # not run: RA would find its oldest query replaced
+        return logits
+    return replay
+
+
 @torch.inference_mode()
 def generate(model, cache, prompts, seeds, max_new_tokens, temperature, top_k=0, top_p=1.0, end=None):
     """Continue prompts, lists of at least one token: yields a list of each row's next token, None once it has drawn `end`.
@@ -113,22 +142,28 @@ def generate(model, cache, prompts, seeds, max_new_tokens, temperature, top_k=0,
     """
     positions, device = cache.block_size, model.token_embedding.weight.device
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    texts, unread = [list(prompt) for prompt in prompts], [prompt[-positions:] for prompt in prompts]
+    texts, unread, ended = [list(prompt) for prompt in prompts], [prompt[-positions:] for prompt in prompts], [False] * len(prompts)
+    replay = one_more(model, cache) if device.type == 'cuda' else None
     for _ in range(max_new_tokens):
         counts = torch.tensor([len(tokens) for tokens in unread])
         T = int(counts.max())
-        idx = torch.tensor([tokens + [0] * (T - len(tokens)) for tokens in unread], device=device)  # (B, T)
-        hidden = model.hidden(idx, cache, counts)  # (B, T, C)
-        newest = hidden[torch.arange(len(unread), device=device), (counts - 1).clamp(min=0).to(device)]  # (B, C)
-        drawn = draw(model.head(newest).float(), temperature, top_k, top_p, generators)
-        drawn = [token if tokens else None for token, tokens in zip(drawn, unread)]
-        yield drawn
+        idx = torch.tensor([tokens + [0] * (T - len(tokens)) for tokens in unread])  # (B, T)
+        if T == 1 and replay:
+            logits = replay(idx[:, 0])
+        else:
+            hidden = model.hidden(idx.to(device), cache, counts)  # (B, T, C)
+            logits = model.head(hidden[torch.arange(len(unread), device=device), counts.to(device) - 1])
+        drawn = draw(logits.float(), temperature, top_k, top_p, generators)
+        yield [None if over else token for token, over in zip(drawn, ended)]
         for row, token in enumerate(drawn):
-            texts[row] += [] if token is None else [token]
-            unread[row] = [] if token in (None, end) else [token]
-            if unread[row] and cache.lengths[row] == positions:
+            ended[row] |= token == end
+            texts[row].append(token)
+            unread[row] = [token]
+            if ended[row]:
+                cache.lengths[row] = 0  # what it reads and draws from here on is of no use
+            elif cache.lengths[row] == positions:
                 cache.lengths[row], unread[row] = 0, texts[row][-max(1, positions // 2):]
-        if not any(unread):
+        if all(ended):
             return
 
 

@@ -23,11 +23,11 @@ def test_cached_reading_in_any_pieces_is_reading_at_once(told, pieces):
 
 @variants
 @pytest.mark.parametrize('steps, fresh_at', [
-    ([(1, 9, 30), (1, 1, 1), (3, 0, 1), (0, 1, 16), (12, 7, 0), (1, 1, 0)], {4: 1}),  # before step 4 row 1 forgets what it has read
-    ([(2, 0, 3), (1, 20, 0), (1, 1, 1)], {}),  # the first text of one row is as long as all that any row has then
+    ([(1, 9, 30), (1, 1, 1), (3, 1, 1), (2, 1, 14), (12, 7, 1), (1, 1, 1)], {4: 1}),  # before step 4 row 1 forgets what it has read
+    ([(2, 1, 3), (1, 20, 2), (1, 1, 1)], {1: 1}),  # the first text of one row is as long as all that any row has then
     ([(20, 21, 22), (1, 1, 30), (1, 1, 1)], {1: 2})])
 def test_rows_of_different_lengths_are_what_they_are_alone(told, steps, fresh_at):
-    """Prompts filled up to the longest, then steps of which some rows take none, one, or start again."""
+    """Prompts filled up to the longest, then steps of which some rows take one, more, or start again."""
     model = lively(**told)
     draw, cache = torch.Generator().manual_seed(2), new_cache(model.config, 3, 'cpu', torch.float32)
     read = [torch.empty(0, dtype=torch.int64)] * 3
@@ -39,10 +39,25 @@ def test_rows_of_different_lengths_are_what_they_are_alone(told, steps, fresh_at
             out = model.hidden(idx, cache, torch.tensor(counts))
             for row, count in enumerate(counts):
                 read[row] = torch.cat([read[row], idx[row, :count]])
-                if count:
-                    alone = model.hidden(read[row][None])[0, -count:]
-                    assert (out[row, :count] - alone).abs().max() < 1e-5, (number, row)
+                alone = model.hidden(read[row][None])[0, -count:]
+                assert (out[row, :count] - alone).abs().max() < 1e-5, (number, row)
             assert cache.lengths.tolist() == [len(tokens) for tokens in read]
+
+
+@variants
+def test_a_step_may_look_at_places_that_nobody_has_used_yet(told):
+    """As a recorded step does, whose shapes are fixed: all 48 places, with no length known but on the device."""
+    model = lively(**told)
+    idx, lengths = text(model), torch.tensor([20, 5, 1])
+    caches = [new_cache(model.config, 3, 'cpu', torch.float32) for _ in range(2)]
+    with torch.no_grad():
+        for cache in caches:
+            model.hidden(idx[:, :20], cache, lengths)
+        for t in range(20, 30):
+            step = caches[0].step(lengths, torch.ones_like(lengths), 1, 48)
+            torch.testing.assert_close(model.hidden(idx[:, t:t + 1], caches[0], step=step), model.hidden(idx[:, t:t + 1], caches[1]))
+            lengths = lengths + 1
+    assert caches[0].lengths.tolist() == [20, 5, 1] and caches[1].lengths.tolist() == [30, 15, 11]
 
 
 def test_more_than_the_positions_is_refused_and_nothing_read():
@@ -51,6 +66,8 @@ def test_more_than_the_positions_is_refused_and_nothing_read():
     model.hidden(text(model, rows=2, T=40), cache)
     with pytest.raises(ValueError, match='49 tokens do not fit in block_size=48'):
         model.hidden(text(model, rows=2, T=9), cache, torch.tensor([9, 1]))
+    with pytest.raises(ValueError, match=r'counts=\[8, 0\]: each row must have a token'):
+        model.hidden(text(model, rows=2, T=8), cache, torch.tensor([8, 0]))
     assert cache.lengths.tolist() == [40, 40]
     model.hidden(text(model, rows=2, T=9), cache, torch.tensor([8, 1]))
     assert cache.lengths.tolist() == [48, 41]

@@ -1,5 +1,6 @@
 """Needs a GPU; run by hand: python -m pytest -m gpu -s"""
 import json
+import time
 
 import pytest
 import torch
@@ -201,6 +202,54 @@ def test_cached_reading_equals_reading_at_once(told):
         out = torch.cat([model.hidden(piece, cache) for piece in idx.split([200] + [1] * 56, 1)], 1)
         whole = model.hidden(idx)
     assert (out - whole).norm() / whole.norm() < 1e-2  # TF32
+
+
+@pytest.mark.parametrize('told', [{}, *ATTENTIONS.values()], ids=['mha', *ATTENTIONS])
+def test_recorded_steps_equal_reading_at_once(told):
+    """From 250 places on, so that a second graph takes over at 256; rows of three lengths."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=500, block_size=512, n_layer=2, n_head=4, n_embd=256, **told)).cuda().eval()
+    idx, cache = torch.randint(500, (3, 300)), new_cache(model.config, 3, 'cuda', torch.float32)
+    lengths = torch.tensor([250, 120, 1])
+    with torch.inference_mode():
+        model.hidden(idx[:, :250].cuda(), cache, lengths)
+        replay, whole = sample.one_more(model, cache), model(idx.cuda())
+        for t in range(50):
+            at = lengths + t
+            logits, right = replay(idx[torch.arange(3), at]), whole[torch.arange(3), at]
+            assert (logits - right).norm() / right.norm() < 1e-2, t  # TF32
+    assert cache.lengths.tolist() == [300, 170, 51]
+
+
+def test_decoding_speed_and_cache():
+    """GPT-2 124M in bfloat16, 64 texts of 768 tokens continued to 1024: printed; latents must not be slower than heads."""
+    rates = {}
+    latent, small = dict(attention='mla'), dict(attention='mla', latent_dim=64, latent_rotary=32)
+    for name, told in {'mha': {}, 'mla 128': latent, 'mla 64, rotary 32': small, 'ra 64': dict(ra_learned=True),
+                       'mla 128, ra 64': dict(**latent, ra_learned=True)}.items():
+        model = GPT(GPTConfig(**told)).cuda().eval()
+        for p in model.parameters():
+            p.data = p.data.bfloat16() if p.dim() >= 2 else p.data
+        prompts, cache = torch.randint(50257, (64, 768)).tolist(), new_cache(model.config, 64, 'cuda', torch.bfloat16)
+        made = sample.generate(model, cache, prompts, range(64), 256, 0.8, 200)
+        next(made), next(made)  # the prompt is read, the step recorded
+        start = time.perf_counter()
+        steps = len(list(made))
+        whole = (time.perf_counter() - start) / steps
+        with torch.inference_mode():
+            replay, tokens = sample.one_more(model, cache), torch.zeros(64, dtype=torch.int64)
+            for warm in (True, False):
+                torch.cuda.synchronize()
+                start = time.perf_counter()
+                for _ in range(50):
+                    cache.lengths.fill_(1023)
+                    replay(tokens)
+                torch.cuda.synchronize()
+            alone = (time.perf_counter() - start) / 50
+        rates[name] = 64 / whole
+        print(f'{name}: {64 / whole:,.0f} tokens/s, {1e3 * whole:.2f} ms a step; of the model alone, at 1024, {1e3 * alone:.2f} ms, '
+              f'{64 / alone:,.0f} tokens/s; cache {cache.bytes() / 2**20:.0f} MiB')
+    assert rates['mla 128'] > rates['mha']
 
 
 @pytest.mark.parametrize('told', [dict(ra_learned=True, ra_window=10), dict(attention='mla')])
