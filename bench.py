@@ -71,7 +71,8 @@ def plain_loss(model, idx, targets):
 
 
 def train_plain(s, machine, data, say):
-    """(loss of every step, tokens/s at every log step but the first, peak bytes or None on a CPU)."""
+    """(loss of every step, tokens/s at every log step but the first, peak bytes or None on a CPU). Never in float8."""
+    s = replace(s, fp8=False)
     device, gpu = machine.device, machine.device.type == 'cuda'
     if gpu:
         torch.cuda.reset_peak_memory_stats()

@@ -476,7 +476,8 @@ def test_impossible_or_idle_attention_is_refused(tiny, told, messages):
     assert refusal(train.main, tiny(**told)) == messages
 
 
-@pytest.mark.parametrize('name, told', [('ra_mla_baseline', dict(attention='mla')), ('ra_learned', dict(ra_learned=True))])
+@pytest.mark.parametrize('name, told', [('ra_mla_baseline', dict(attention='mla')), ('ra_learned', dict(ra_learned=True)),
+                                        ('mla_rotary', dict(attention='mla', latent_rotary=32))])
 def test_presets_differ_from_vanilla_by_their_attention_alone(name, told):
     (vanilla, _), (preset, problems) = (parse(Settings, [f'{train.__file__[:-8]}config/{n}.py']) for n in ('vanilla_baseline', name))
     assert problems + check(preset) == []

@@ -2,6 +2,7 @@
 import contextlib
 import io
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -118,6 +119,14 @@ def test_plain_step_that_does_not_fit_is_left_out(tiny, tmp_path, monkeypatch, c
     assert bench.main([*tiny(), f'--json={tmp_path / "r.json"}']) == 0
     assert json.loads((tmp_path / 'r.json').read_text())['plain'] is None
     assert 'plain step: left out, CUDA out of memory.' in capsys.readouterr().out
+
+
+def test_plain_step_is_never_in_float8(tiny):
+    """fp8 is refused on a CPU, so it is set after the checks: its twins would run here."""
+    s, problems = parse(Settings, tiny(max_iters=3))
+    machine, data = preflight(s, problems + check(s))
+    plain, beside_fp8 = (bench.train_plain(replace(s, fp8=on), machine, data, lambda line: None)[0] for on in (False, True))
+    assert plain == beside_fp8
 
 
 def test_failed_training_ends_it_with_its_code(tiny, tmp_path, capsys):

@@ -222,8 +222,8 @@ def test_recorded_steps_equal_reading_at_once(told):
 
 
 def test_decoding_speed_and_cache():
-    """GPT-2 124M in bfloat16, 64 texts of 768 tokens continued to 1024: printed; latents must not be slower than heads."""
-    rates = {}
+    """GPT-2 124M in bfloat16, 64 texts of 768 tokens continued to 1024: printed; reading latents must be faster than reading heads."""
+    seconds = {}
     latent, small = dict(attention='mla'), dict(attention='mla', latent_dim=64, latent_rotary=32)
     for name, told in {'mha': {}, 'mla 128': latent, 'mla 64, rotary 32': small, 'ra 64': dict(ra_learned=True),
                        'mla 128, ra 64': dict(**latent, ra_learned=True)}.items():
@@ -245,11 +245,10 @@ def test_decoding_speed_and_cache():
                     cache.lengths.fill_(1023)
                     replay(tokens)
                 torch.cuda.synchronize()
-            alone = (time.perf_counter() - start) / 50
-        rates[name] = 64 / whole
+            alone = seconds[name] = (time.perf_counter() - start) / 50
         print(f'{name}: {64 / whole:,.0f} tokens/s, {1e3 * whole:.2f} ms a step; of the model alone, at 1024, {1e3 * alone:.2f} ms, '
               f'{64 / alone:,.0f} tokens/s; cache {cache.bytes() / 2**20:.0f} MiB')
-    assert rates['mla 128'] > rates['mha']
+    assert seconds['mla 128'] < seconds['mha']
 
 
 @pytest.mark.parametrize('told', [dict(ra_learned=True, ra_window=10), dict(attention='mla')])
