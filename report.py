@@ -88,11 +88,11 @@ def plot(runs, path):
     for label, axis in panels.items():
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
-    axes[0, 0].legend()
+    axes[0, 0].legend(title='thin: training; dots: validation', fontsize='small', title_fontsize='small')
     axes[-1, 0].set_xlabel('training tokens')
     if pruned:
         plot_layers(pruned, runs, figure, axes)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, bbox_inches='tight')
     pyplot.close(figure)
 
 
@@ -106,8 +106,8 @@ def plot_run(run, first, color, panels):
     """One run's lines on the panels, {label: axis}, and how far it is from the run `first`."""
     loss, difference = panels['loss (nat a token)'], panels.get(f"minus {first['name']} (nat)")
     final = run['summary']['val_loss']  # None if it ended before the first evaluation
-    styles = (dict(alpha=0.35, linewidth=1, label=f"{run['name']}, training"),
-              dict(marker='o', markersize=3, label=f"{run['name']}, validation: " + ('-' if final is None else f'{final:.3f}')))
+    styles = (dict(alpha=0.35, linewidth=1),
+              dict(marker='o', markersize=3, label=f"{run['name']}: " + ('-' if final is None else f'{final:.3f}')))
     for mine, theirs, style in zip(losses(run), losses(first), styles):
         loss.plot(list(mine), list(mine.values()), color=color, **style)
         common = [tokens for tokens in mine if tokens in theirs]

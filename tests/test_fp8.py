@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import assert_same_run, losses, refusal, train
+from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
 import fp8
@@ -206,6 +207,18 @@ def test_run_learns_as_well_as_without(tiny, tmp_path, on_a_cpu, told):
     assert without != ours and without[60] < without[1] - 1.5
     late = [step for step in ours if step > 40]
     assert abs(sum(ours[step] - without[step] for step in late)) / len(late) < 0.05  # nat
+
+
+def test_compiled_run_takes_its_graphs_from_the_cache(tiny, tmp_path, on_a_cpu):
+    """The compiler would not keep a graph with an autograd function in it, and each start would make it anew."""
+    found = []
+    for again in (False, True):
+        torch._dynamo.reset()
+        counters.clear()
+        assert train.main(tiny(fp8=True, compile=True, loss_chunk_tokens=64, n_layer=1, max_iters=3, out_dir=tmp_path / str(again))) == 0
+        found.append(counters['aot_autograd'])
+    assert found[0]['autograd_cache_saved'] + found[0]['autograd_cache_hit'] == found[1]['autograd_cache_hit'] > 0
+    assert not found[0]['autograd_cache_bypass'] and losses(tmp_path / 'False') == losses(tmp_path / 'True')
 
 
 def test_resume_is_exact_and_keeps_the_choice(tiny, tmp_path, on_a_cpu):
