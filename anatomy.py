@@ -17,20 +17,22 @@ import torch
 import torch._inductor.config
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
+import fp8
 import train
 from loss import ChunkedCrossEntropy
 from memory import predicted_memory
 from prune import prunable
 
 STEPS = 3  # under the profiler
-WINDOW, DATA, SUMS, LOSS = 'anatomy: steps', 'anatomy: data', 'anatomy: sums', ChunkedCrossEntropy.__name__
-MARKED = {'inputs_and_targets': DATA, 'accumulate': SUMS}  # functions of train.py that are no operators
+WINDOW, DATA, SUMS, NORM, HEAD, LOSS = *(f'anatomy: {word}' for word in 'steps data sums norm head'.split()), ChunkedCrossEntropy.__name__
+# functions that are no operators
+MARKED = {(train, 'inputs_and_targets'): DATA, (train, 'accumulate'): SUMS, (train, 'gradient_norm'): NORM, (fp8, 'head'): HEAD}
 
 # (part, pattern in the chain): the first that is found counts. So the outermost purpose goes before the kind of kernel.
 PATTERNS = [(part, re.compile(pattern)) for part, pattern in (
-    ('optimizer', r'Optimizer\.step|linalg_vector_norm'),  # the norm is for clipping
+    ('optimizer', rf'Optimizer\.step|{NORM}'),  # the norm is for clipping
     ('data', rf'{DATA}|Memcpy HtoD'),
-    ('head and loss', LOSS),
+    ('head and loss', f'{LOSS}|{HEAD}'),
     # besides train.accumulate: the zeroing before it, and the sum of the tied embedding's two gradients
     ('gradient accumulation', rf'{SUMS}|AccumulateGrad|(CompiledFunction|Embedding)Backward\d* > aten::add|{WINDOW} > aten::zero_'),
     ('embedding', r'embedding|Embedding|SliceBackward'),
@@ -155,7 +157,7 @@ def memory_of_loss(events, gpu):
 @contextlib.contextmanager
 def marked():
     """Gives the functions of MARKED a range in the trace."""
-    before = {name: getattr(train, name) for name in MARKED}
+    before = {place: getattr(*place) for place in MARKED}
 
     def in_range(function, label):
         def wrapped(*arguments):
@@ -163,13 +165,13 @@ def marked():
                 return function(*arguments)
         return wrapped
 
-    for name, label in MARKED.items():
-        setattr(train, name, in_range(before[name], label))
+    for place, label in MARKED.items():
+        setattr(*place, in_range(before[place], label))
     try:
         yield
     finally:
-        for name, function in before.items():
-            setattr(train, name, function)
+        for place, function in before.items():
+            setattr(*place, function)
 
 
 def several_steps(run, steps):

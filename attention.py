@@ -285,6 +285,7 @@ class Step(NamedTuple):
     allowed: Any  # (B, 1, T, end) bool: token i may see token j; None: all, or those up to it (causal)
     causal: bool  # nothing was read before, and no RA
     ring: Ring | None
+    lengths: Any = None  # (B,) on the CPU: Cache.lengths after the step; None: the caller counts
 
 
 def put(held, new, slot, column):
@@ -310,18 +311,22 @@ class Cache:
     def bytes(self):
         return sum(tensor.nbytes for layer in self.layers for tensor in layer.values())
 
-    def read(self, T, counts, device):
-        """The Step of T new tokens a row, of which counts (B,), 1 or more, are real and the rest filling at the end; they count as read."""
+    def plan(self, idx, counts):
+        """The Step of new tokens (B, T), of which counts (B,) a row, 1 or more, are real and the rest filling at the end."""
+        (rows, T), device = idx.shape, idx.device
+        if rows != len(self.lengths):
+            raise ValueError(f'{rows} rows of tokens, but the cache is for {len(self.lengths)}')
         counts = torch.full_like(self.lengths, T) if counts is None else counts
         after = self.lengths + counts
         if after.max() > self.block_size:
             raise ValueError(f'{int(after.max())} tokens do not fit in block_size={self.block_size}')
-        if counts.min() < 1:
-            raise ValueError(f'counts={counts.tolist()}: each row must have a token')
-        end, before, self.lengths = int(after.max()), self.lengths, after
-        causal = self.window < 0 and T == end > 1 and not before.any()
+        if counts.min() < 1 or counts.max() > T:
+            raise ValueError(f'counts={counts.tolist()}: each row must have 1 to {T} tokens')
+        end = int(after.max())
+        causal = self.window < 0 and T == end > 1 and not self.lengths.any()
         masked = not causal and (T > 1 or int(after.min()) < end)
-        return self.step(before.to(device), counts.to(device), T, end, bool(counts.min() < T), masked, causal)
+        step = self.step(self.lengths.to(device), counts.to(device), T, end, bool(counts.min() < T), masked, causal)
+        return step._replace(lengths=after)
 
     def step(self, lengths, counts, T, end, filled=False, masked=True, causal=False):
         """The Step of T tokens a row, `counts` of them real, after `lengths`, (B,) each, with nothing read back from their device."""

@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass, fields
 
 import torch
+import torch._functorch.config
 import torch.nn as nn
 from torch.nn import functional as F
 
@@ -119,18 +120,20 @@ class GPT(nn.Module):
         """Tokens (B, T) -> the final normalised residual stream (B, T, C). T is at most block_size.
 
         With a cache (attention.new_cache) the tokens follow those it has read, and it reads them too. counts (B,) int64
-        on the CPU: how many of each row are real, the rest being filling at its end whose output means nothing. step: what
-        cache.read() would return, if that is known.
+        on the CPU: how many of each row are real, the rest being filling at its end whose output means nothing. step: from
+        cache.step(), instead of cache.plan(); cache.lengths is then the caller's to advance.
         """
         T = idx.size(1)
         if T > self.config.block_size:
             raise ValueError(f'{T} tokens do not fit in block_size={self.config.block_size}')
         if cache and not step:
-            step = cache.read(T, counts, idx.device)
+            step = cache.plan(idx, counts)
         positions = self.position_embedding(step.positions) if cache else self.position_embedding.weight[:T]
         x = F.dropout(self.token_embedding(idx) + positions, self.config.dropout, self.training)  # (B, T, C)
         for block, layer in zip(self.blocks, cache.layers if cache else [None] * len(self.blocks)):
             x = block(x, layer, step)
+        if cache and step.lengths is not None:
+            cache.lengths = step.lengths
         return self.norm(x)
 
     def head(self, hidden):
@@ -152,6 +155,8 @@ class GPT(nn.Module):
 
         In one graph the compiler schedules the head's matrix products of all chunks first and holds all logits.
         """
+        # that of fp8 is traced whole, so nothing of it is missing in the key of the compile cache
+        torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
         self.hidden = torch.compile(self.hidden, fullgraph=True, dynamic=False)
         self.loss_chunk = torch.compile(loss_chunk, fullgraph=True, dynamic=False)
 

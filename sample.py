@@ -104,7 +104,8 @@ def draw(logits, temperature, top_k, top_p, generators):
 
 
 def one_more(model, cache):
-    """A function tokens (B,) int64 on the CPU -> logits (B, vocab_size) of one more token a row, as CUDA graphs.
+    """A function tokens (B,) int64 on the CPU -> logits (B, vocab_size) of one more token a row, as CUDA graphs. A call overwrites
+    the logits of the one before.
 
     The kernels of one token take less time than their launches, a graph is one launch. It is of fixed shapes, so there is one for
     every 256 places of the cache that are looked at, recorded when they are first needed.
@@ -119,7 +120,6 @@ def one_more(model, cache):
         end = min(-(-int(cache.lengths.max() + 1) // 256) * 256, cache.block_size)
         idx.copy_(tokens)
         lengths.copy_(cache.lengths)
-        cache.lengths = cache.lengths + 1
         if end in graphs:
             graph, logits = graphs[end]
             graph.replay()
@@ -128,22 +128,23 @@ def one_more(model, cache):
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool):
                 graphs[end] = graph, forward(end)  # not run: RA would find its oldest query replaced
+        cache.lengths = cache.lengths + 1
         return logits
     return replay
 
 
 @torch.inference_mode()
-def generate(model, cache, prompts, seeds, max_new_tokens, temperature, top_k=0, top_p=1.0, end=None):
+def generate(model, cache, prompts, seeds, max_new_tokens, temperature, top_k=0, top_p=1.0, end=None, recorded=False):
     """Continue prompts, lists of at least one token: yields a list of each row's next token, None once it has drawn `end`.
 
     cache: an empty one with a row a prompt. Row i draws with seeds[i] and is what it would be alone, but for rounding.
     The model sees at most block_size tokens: the last so many of a longer prompt, and each time all positions are used
-    up, the last half of the text is read anew.
+    up, the last half of the text is read anew. recorded: single tokens are CUDA graphs.
     """
     positions, device = cache.block_size, model.token_embedding.weight.device
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     texts, unread, ended = [list(prompt) for prompt in prompts], [prompt[-positions:] for prompt in prompts], [False] * len(prompts)
-    replay = one_more(model, cache) if device.type == 'cuda' else None
+    replay = one_more(model, cache) if recorded else None
     for _ in range(max_new_tokens):
         counts = torch.tensor([len(tokens) for tokens in unread])
         T = int(counts.max())
@@ -229,7 +230,8 @@ def main(argv):
     cache = new_cache(model.config, len(prompts), machine.device, machine.dtype)
     start = time.monotonic()
     count = print_texts(tokenizer, prompts, generate(
-        model, cache, encoded, seeds, s.max_new_tokens, s.temperature, s.top_k, s.top_p, tokenizer.eot), tokenizer.eot)
+        model, cache, encoded, seeds, s.max_new_tokens, s.temperature, s.top_k, s.top_p, tokenizer.eot,
+        recorded=machine.device.type == 'cuda'), tokenizer.eot)
     print(f'{count} tokens, {count / (time.monotonic() - start):.1f} a second, in {len(prompts)} texts; cache {size(cache.bytes())}',
           file=sys.stderr)
     return 0

@@ -342,7 +342,6 @@ def set_up_model(run):
     run.add_each = torch.compile(add_each, fullgraph=True, dynamic=False) if fuse else add_each
     if run.active.compile:
         torch._functorch.config.activation_memory_budget = run.active.activation_budget
-        torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True  # fp8's is traced whole; False: never from the cache
         run.model.compile_parts()
     run.graphs, run.graphs_before = (0, 0), count_graphs()
 

@@ -187,9 +187,11 @@ FX = AUTOGRAD + 'CompiledFunctionBackward > CompiledFunctionBackward > ## Call C
 
 @pytest.mark.parametrize('part, chain', [
     ('optimizer', 'anatomy: steps > Optimizer.step#AdamW.step > Torch-Compiled Region: 2/0 > triton_poi_fused_add_copy__div_lerp_mul_0'),
-    ('optimizer', 'anatomy: steps > aten::linalg_vector_norm > cudaLaunchKernel > void at::native::reduce_kernel'),
+    ('optimizer', 'anatomy: steps > anatomy: norm > aten::linalg_vector_norm > cudaLaunchKernel > void at::native::reduce_kernel'),
     ('data', 'anatomy: steps > anatomy: data > aten::to > cudaMemcpyAsync > Memcpy HtoD (Pinned -> Device)'),
     ('head and loss', 'ChunkedCrossEntropy > Torch-Compiled Region: 1/0 > aten::mm > cuLaunchKernelEx > nvjet_tst_128x256_64x4_2x1'),
+    ('head and loss', 'anatomy: steps > anatomy: head > nanoprune::fp8_cast_both > cuLaunchKernelEx > cast_kernel'),
+    ('head and loss', 'ChunkedCrossEntropy > nanoprune::fp8_product > aten::_scaled_mm > nvjet_sm90_qqtst_192x192_128x4_2x1'),
     ('head and loss', AUTOGRAD + 'ChunkedCrossEntropyBackward > ChunkedCrossEntropyBackward > aten::mul'),
     ('gradient accumulation', AUTOGRAD + 'torch::autograd::AccumulateGrad > torch::autograd::AccumulateGrad > aten::add_'),
     ('gradient accumulation', AUTOGRAD + 'CompiledFunctionBackward > aten::add_'),
@@ -206,6 +208,10 @@ FX = AUTOGRAD + 'CompiledFunctionBackward > CompiledFunctionBackward > ## Call C
     ('normalisation and activation', FX + 'triton_per_fused__to_copy_add_native_layer_norm_backward_view_2'),
     ('normalisation and activation', FX + 'triton_poi_fused__unsafe_view_gelu_gelu_backward_view_1'),
     ('normalisation and activation', 'anatomy: steps > aten::add'),
+    ('normalisation and activation', FX + 'triton_per_fused__to_copy__unsafe_view_add_linalg_vector_norm_native_layer_norm_view_11'),
+    ('normalisation and activation', FX + 'nanoprune::fp8_gelu_backward > cuLaunchKernelEx > gelu_kernel'),
+    ('normalisation and activation', FX + 'nanoprune::fp8_cast_both > cuLaunchKernelEx > cast_kernel'),
+    ('matrix products', FX + 'nanoprune::fp8_product > aten::_scaled_mm > aten::fill_'),
     ('other', 'anatomy: steps > aten::where'),
 ])
 def test_part_of(part, chain):

@@ -60,14 +60,25 @@ def test_a_step_may_look_at_places_that_nobody_has_used_yet(told):
     assert caches[0].lengths.tolist() == [20, 5, 1] and caches[1].lengths.tolist() == [30, 15, 11]
 
 
-def test_more_than_the_positions_is_refused_and_nothing_read():
+def test_what_is_refused_or_fails_is_not_read():
+    def refuse(*arguments):
+        raise torch.OutOfMemoryError
+
     model = lively()
     cache = new_cache(model.config, 2, 'cpu', torch.float32)
     model.hidden(text(model, rows=2, T=40), cache)
     with pytest.raises(ValueError, match='49 tokens do not fit in block_size=48'):
         model.hidden(text(model, rows=2, T=9), cache, torch.tensor([9, 1]))
-    with pytest.raises(ValueError, match=r'counts=\[8, 0\]: each row must have a token'):
+    with pytest.raises(ValueError, match=r'counts=\[8, 0\]: each row must have 1 to 8 tokens'):
         model.hidden(text(model, rows=2, T=8), cache, torch.tensor([8, 0]))
+    with pytest.raises(ValueError, match=r'counts=\[7, 8\]: each row must have 1 to 7 tokens'):
+        model.hidden(text(model, rows=2, T=7), cache, torch.tensor([7, 8]))
+    with pytest.raises(ValueError, match='1 rows of tokens, but the cache is for 2'):
+        model.hidden(text(model, rows=1, T=8), cache)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model.blocks[-1], 'forward', refuse)
+        with pytest.raises(torch.OutOfMemoryError):
+            model.hidden(text(model, rows=2, T=8), cache)
     assert cache.lengths.tolist() == [40, 40]
     model.hidden(text(model, rows=2, T=9), cache, torch.tensor([8, 1]))
     assert cache.lengths.tolist() == [48, 41]

@@ -203,8 +203,9 @@ def test_what_a_block_keeps_is_predicted(compiled, tolerance):
 def test_run_learns_as_well_as_without(tiny, tmp_path, on_a_cpu, told):
     for on in (False, True):
         assert train.main(tiny(**told, fp8=on, loss_chunk_tokens=64, max_iters=60, out_dir=tmp_path / str(on))) == 0
+    noted = ['training multiplies in float8 in MLP and head' in (tmp_path / name / 'train.log').read_text() for name in ('False', 'True')]
     without, ours = losses(tmp_path / 'False'), losses(tmp_path / 'True')
-    assert without != ours and without[60] < without[1] - 1.5
+    assert noted == [False, True] and without != ours and without[60] < without[1] - 1.5
     late = [step for step in ours if step > 40]
     assert abs(sum(ours[step] - without[step] for step in late)) / len(late) < 0.05  # nat
 

@@ -221,6 +221,22 @@ def test_recorded_steps_equal_reading_at_once(told):
     assert cache.lengths.tolist() == [300, 170, 51]
 
 
+@pytest.mark.parametrize('told', [{}, *ATTENTIONS.values()], ids=['mha', *ATTENTIONS])
+def test_recorded_texts_are_those_without_graphs(told):
+    """Rows of unequal prompts, one that ends and one that reads its last half anew. In float64: no rounding changes a token."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=257, block_size=320, n_layer=2, n_head=4, n_embd=256, **told)).cuda().double().eval()
+    prompts = [list(range(240)), [5], list(range(10, 30))]
+
+    def texts(end, recorded):
+        cache = new_cache(model.config, 3, 'cuda', torch.float64)
+        return list(zip(*sample.generate(model, cache, prompts, [1, 2, 3], 120, 1.0, end=end, recorded=recorded)))
+
+    free = texts(None, False)
+    end = free[2][40]
+    assert texts(None, True) == free and texts(end, True) == texts(end, False) != free
+
+
 def test_decoding_speed_and_cache():
     """GPT-2 124M in bfloat16, 64 texts of 768 tokens continued to 1024: printed; reading latents must be faster than reading heads."""
     seconds = {}
@@ -231,7 +247,7 @@ def test_decoding_speed_and_cache():
         for p in model.parameters():
             p.data = p.data.bfloat16() if p.dim() >= 2 else p.data
         prompts, cache = torch.randint(50257, (64, 768)).tolist(), new_cache(model.config, 64, 'cuda', torch.bfloat16)
-        made = sample.generate(model, cache, prompts, range(64), 256, 0.8, 200)
+        made = sample.generate(model, cache, prompts, range(64), 256, 0.8, 200, recorded=True)
         next(made), next(made)  # the prompt is read, the step recorded
         start = time.perf_counter()
         steps = len(list(made))

@@ -195,6 +195,8 @@ def test_picture_of_several_runs_shows_how_far_each_is_from_the_first(trained, t
     labels = [[axis.get_ylabel() for axis in figure.axes] for figure in figures]
     assert labels == [['loss (nat a token)', 'minus run (nat)', 'learning rate'], ['loss (nat a token)', 'learning rate']]  # none prunes
     told = [[json.loads(line) for line in (tmp_path / name / 'metrics.jsonl').read_text().splitlines()] for name in ('run', 'other')]
+    legends = [[text.get_text().partition(':')[0] for text in figure.axes[0].get_legend().get_texts()] for figure in figures]
+    assert legends == [['run', 'other'], ['run']]
     for line, key in zip(figures[0].axes[1].lines, ('loss', 'val_loss')):
         mine, theirs = ([r[key] for r in rows if key in r] for rows in told)
         assert list(line.get_ydata()) == [b - a for a, b in zip(mine, theirs)] and len(mine) > 2

@@ -11,6 +11,8 @@ import pytest
 import torch
 from conftest import HOME, refusal, train
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import sample
 from attention import new_cache
@@ -62,6 +64,55 @@ def test_each_row_of_a_batch_is_what_reading_everything_anew_gives(told):
     for prompt, seed, row in zip(PROMPTS, [1, 2, 3, 4, 5], rows):
         assert row == without_cache(model, prompt, seed, 70, 1.5)
         assert len(set(row)) > 20
+
+
+class Recorded(TorchDispatchMode):
+    """A CUDA graph of a CPU: recording runs nothing that changes a tensor, replaying puts all results where they were."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert str(function) not in ('aten._local_scalar_dense.default', 'aten.nonzero.default')  # these wait for the device
+        result = args[0] if function._schema.is_mutable else function(*args, **(kwargs or {}))
+        self.calls.append((function, args, kwargs or {}, result))
+        return result
+
+    def replay(self):
+        for function, args, kwargs, result in self.calls:
+            for kept, new in zip(tree_leaves(result), tree_leaves(function(*args, **kwargs))):
+                if torch.is_tensor(kept) and kept.data_ptr() != new.data_ptr():
+                    kept.copy_(new)
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    for name, fake in (('CUDAGraph', Recorded), ('graph', lambda graph, pool: graph), ('graph_pool_handle', lambda: None)):
+        monkeypatch.setattr(torch.cuda, name, fake)
+
+
+@variants
+def test_recorded_steps_give_the_same_logits(told, graphs):
+    model = lively(**told)
+    idx, lengths = torch.randint(257, (3, 32), generator=torch.Generator().manual_seed(3)), torch.tensor([20, 9, 1])
+    plain, other = (new_cache(model.config, 3, 'cpu', torch.float64) for _ in range(2))
+    with torch.inference_mode():
+        for cache in (plain, other):
+            model.hidden(idx[:, :20], cache, lengths)
+        replay = sample.one_more(model, other)
+        for t in range(20, 32):
+            torch.testing.assert_close(replay(idx[:, t]), model.head(model.hidden(idx[:, t:t + 1], plain))[:, 0], rtol=1e-9, atol=1e-9)
+    assert other.lengths.tolist() == plain.lengths.tolist() == [32, 21, 13]
+
+
+@variants
+def test_recorded_steps_give_the_same_texts(told, graphs):
+    """Unequal prompts, rows that end, positions that are used up."""
+    model = lively(**told)
+    free = generated(model, PROMPTS, [1, 2, 3, 4, 5])
+    for end in (None, free[1][10]):
+        assert generated(model, PROMPTS, [1, 2, 3, 4, 5], end=end, recorded=True) == generated(model, PROMPTS, [1, 2, 3, 4, 5], end=end)
 
 
 def test_rows_end_each_for_itself():
