@@ -28,7 +28,6 @@ LARGEST = 448.0  # number of e4m3
 ONE = 32768.0  # what 1 becomes in e5m2, whose largest number is 57344
 ROUNDED = (17 / 16) ** 2  # a product of numbers rounded to 3 bits over that of the numbers, at most
 STEEPEST = 1.13  # |gelu'|, rounded up
-PACKED = True  # the kernel that makes a matrix writes the transposed one too; False: turn_kernel does, from its bytes
 
 
 def inverse_of(bound):
@@ -73,9 +72,9 @@ def cast_both(x: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
     """x (rows, columns) -> x / inverse in e4m3, and the same transposed."""
     if not x.is_cuda:
         return both_plain(cast(x, inverse))
-    out, out_t = both(x.shape, x.device, turned=PACKED)
+    out, out_t = both(x.shape, x.device)
     launch(cast_kernel, x.shape, x.contiguous(), inverse, out, out_t)
-    return out, transposed(out, out_t)
+    return out, out_t
 
 
 @cast_both.register_fake
@@ -90,10 +89,10 @@ def gelu_backward(h: Tensor, da: Tensor, inverse_dh: Tensor, inverse_a: Tensor) 
         x, g = h.float(), gate(h)
         slope = g + x * g * (1 - g) * math.sqrt(8 / math.pi) * (1 + 3 * 0.044715 * x * x)
         return *both_plain(cast(da.float() * slope, inverse_dh)), both_plain(cast(x * g, inverse_a))[1]
-    dh, dh_t = both(h.shape, h.device, turned=PACKED)
-    a, a_t = both(h.shape, h.device, straight=not PACKED, turned=PACKED)
-    launch(gelu_kernel, h.shape, h.contiguous(), da.contiguous(), inverse_dh, inverse_a, dh, dh_t, a, a_t)
-    return dh, transposed(dh, dh_t), transposed(a, a_t)
+    dh, dh_t = both(h.shape, h.device)
+    a_t = torch.empty_like(dh_t)
+    launch(gelu_kernel, h.shape, h.contiguous(), da.contiguous(), inverse_dh, inverse_a, dh, dh_t, a_t)
+    return dh, dh_t, a_t
 
 
 @gelu_backward.register_fake
@@ -108,9 +107,9 @@ def logit_gradient(logits, targets, losses, scored, vocab_size):
         shares, column = F.pad(logits[:, :vocab_size].float().softmax(-1), (0, logits.size(1) - vocab_size)), torch.arange(logits.size(1))
         grad = (shares - (column == targets[:, None]).float()) * (targets >= 0).float()[:, None]
         return both_plain((grad * ONE).to(E5M2))
-    grad, grad_t = both(logits.shape, logits.device, E5M2, turned=PACKED)
+    grad, grad_t = both(logits.shape, logits.device, E5M2)
     launch(gradient_kernel, logits.shape, logits, targets, losses, scored, vocab_size, grad, grad_t)
-    return grad, transposed(grad, grad_t)
+    return grad, grad_t
 
 
 def both_plain(x8):
@@ -176,10 +175,9 @@ def cross_entropy_plain(logits, targets, scored, vocab_size):
 # --- kernels: a program turns a tile of ROWS x COLUMNS -----------------------------------------------------
 
 
-def both(shape, device, dtype=E4M3, straight=True, turned=True):
-    """(Room for a matrix, for the transposed one); None for what is not wanted."""
-    wanted = ((straight, shape), (turned, shape[::-1]))
-    return tuple(torch.empty(size, dtype=dtype, device=device) if yes else None for yes, size in wanted)
+def both(shape, device, dtype=E4M3):
+    """Room for a matrix, and for the transposed one."""
+    return torch.empty(shape, dtype=dtype, device=device), torch.empty(shape[::-1], dtype=dtype, device=device)
 
 
 def launch(kernel, shape, *arguments):
@@ -189,14 +187,6 @@ def launch(kernel, shape, *arguments):
     if height < 16 or width < 16:
         raise ValueError(f'{rows} x {columns}: float8 wants multiples of 16')
     kernel[columns // width, rows // height](*arguments, rows, columns, ROWS=height, COLUMNS=width, num_warps=4)
-
-
-def transposed(out, out_t):
-    """out_t, or where no kernel has written it, out (rows, columns) transposed."""
-    if out_t is None:
-        out_t = both(out.shape, out.device, out.dtype)[1]
-        launch(turn_kernel, out.shape, out.view(torch.uint8), out_t.view(torch.uint8))
-    return out_t
 
 
 if triton:
@@ -214,27 +204,22 @@ if triton:
         return i[:, None].to(tl.int64) * columns + j[None, :]
 
     @triton.jit
-    def store_both(out, out_t, row_0, row_1, row_2, row_3, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-        """Rows 0, 4, ..., rows 1, 5, ... and so on of a tile, in float32, to `out` (rows, columns) and out_t (columns, rows)."""
-        if out is not None:
-            place = out + tile(columns, ROWS, COLUMNS)
-            tl.store(place, row_0.to(out.dtype.element_ty))
-            tl.store(place + columns, row_1.to(out.dtype.element_ty))
-            tl.store(place + 2 * columns, row_2.to(out.dtype.element_ty))
-            tl.store(place + 3 * columns, row_3.to(out.dtype.element_ty))
-        if out_t is not None:  # what lies side by side there, four rows of a column, one thread holds
-            PACK: tl.constexpr = PACK_E5M2 if out_t.dtype.element_ty == tl.float8e5 else PACK_E4M3
-            word = tl.inline_asm_elementwise(PACK, '=r,r,r,r,r', [row_0, row_1, row_2, row_3], tl.int32, is_pure=True, pack=1)
-            i, j = tl.program_id(1) * (ROWS // 4) + tl.arange(0, ROWS // 4), tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-            words = out_t.to(tl.pointer_type(tl.int32), bitcast=True)
-            tl.store(words + j[:, None].to(tl.int64) * (rows // 4) + i[None, :], tl.trans(word))
+    def store(out, row_0, row_1, row_2, row_3, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+        """Rows 0, 4, ..., rows 1, 5, ... and so on of a tile, in float32, to `out` (rows, columns)."""
+        place = out + tile(columns, ROWS, COLUMNS)
+        tl.store(place, row_0.to(out.dtype.element_ty))
+        tl.store(place + columns, row_1.to(out.dtype.element_ty))
+        tl.store(place + 2 * columns, row_2.to(out.dtype.element_ty))
+        tl.store(place + 3 * columns, row_3.to(out.dtype.element_ty))
 
     @triton.jit
-    def turn_kernel(x, out_t, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-        """Bytes x (rows, columns) to out_t (columns, rows)."""
-        i, j = tl.program_id(1) * ROWS + tl.arange(0, ROWS), tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-        block = tl.load(x + i[:, None].to(tl.int64) * columns + j[None, :])
-        tl.store(out_t + j[:, None].to(tl.int64) * rows + i[None, :], tl.trans(block))
+    def store_transposed(out_t, row_0, row_1, row_2, row_3, rows, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+        """The same to out_t (columns, rows). What lies side by side there, four rows of a column, one thread holds."""
+        PACK: tl.constexpr = PACK_E5M2 if out_t.dtype.element_ty == tl.float8e5 else PACK_E4M3
+        word = tl.inline_asm_elementwise(PACK, '=r,r,r,r,r', [row_0, row_1, row_2, row_3], tl.int32, is_pure=True, pack=1)
+        i, j = tl.program_id(1) * (ROWS // 4) + tl.arange(0, ROWS // 4), tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+        words = out_t.to(tl.pointer_type(tl.int32), bitcast=True)
+        tl.store(words + j[:, None].to(tl.int64) * (rows // 4) + i[None, :], tl.trans(word))
 
     @triton.jit
     def cast_kernel(x, inverse, out, out_t, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
@@ -243,7 +228,8 @@ if triton:
         row_1 = tl.load(place + columns).to(tl.float32) * scale
         row_2 = tl.load(place + 2 * columns).to(tl.float32) * scale
         row_3 = tl.load(place + 3 * columns).to(tl.float32) * scale
-        store_both(out, out_t, row_0, row_1, row_2, row_3, rows, columns, ROWS, COLUMNS)
+        store(out, row_0, row_1, row_2, row_3, columns, ROWS, COLUMNS)
+        store_transposed(out_t, row_0, row_1, row_2, row_3, rows, ROWS, COLUMNS)
 
     @triton.jit
     def gelu_rows(h, da, scale_dh, scale_a):
@@ -257,15 +243,16 @@ if triton:
         return grad * slope * scale_dh, a * scale_a
 
     @triton.jit
-    def gelu_kernel(h, da, inverse_dh, inverse_a, dh, dh_t, a, a_t, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    def gelu_kernel(h, da, inverse_dh, inverse_a, dh, dh_t, a_t, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
         place = tile(columns, ROWS, COLUMNS)
         scale_dh, scale_a = tl.div_rn(1.0, tl.load(inverse_dh)), tl.div_rn(1.0, tl.load(inverse_a))
         dh_0, a_0 = gelu_rows(h + place, da + place, scale_dh, scale_a)
         dh_1, a_1 = gelu_rows(h + place + columns, da + place + columns, scale_dh, scale_a)
         dh_2, a_2 = gelu_rows(h + place + 2 * columns, da + place + 2 * columns, scale_dh, scale_a)
         dh_3, a_3 = gelu_rows(h + place + 3 * columns, da + place + 3 * columns, scale_dh, scale_a)
-        store_both(dh, dh_t, dh_0, dh_1, dh_2, dh_3, rows, columns, ROWS, COLUMNS)
-        store_both(a, a_t, a_0, a_1, a_2, a_3, rows, columns, ROWS, COLUMNS)
+        store(dh, dh_0, dh_1, dh_2, dh_3, columns, ROWS, COLUMNS)
+        store_transposed(dh_t, dh_0, dh_1, dh_2, dh_3, rows, ROWS, COLUMNS)
+        store_transposed(a_t, a_0, a_1, a_2, a_3, rows, ROWS, COLUMNS)
 
     @triton.jit
     def gradient_rows(logits, targets, losses, scored, vocab_size, columns, PHASE: tl.constexpr, ROWS: tl.constexpr,
@@ -285,4 +272,5 @@ if triton:
         row_1 = gradient_rows(logits, targets, losses, scored, vocab_size, columns, 1, ROWS, COLUMNS)
         row_2 = gradient_rows(logits, targets, losses, scored, vocab_size, columns, 2, ROWS, COLUMNS)
         row_3 = gradient_rows(logits, targets, losses, scored, vocab_size, columns, 3, ROWS, COLUMNS)
-        store_both(grad, grad_t, row_0, row_1, row_2, row_3, rows, columns, ROWS, COLUMNS)
+        store(grad, row_0, row_1, row_2, row_3, columns, ROWS, COLUMNS)
+        store_transposed(grad_t, row_0, row_1, row_2, row_3, rows, ROWS, COLUMNS)
