@@ -1,0 +1,261 @@
+"""The run directory: checkpoints with a checksum, the log, metrics and the tracker.
+
+out_dir/ holds config.json, train.log, metrics.jsonl, last.pt (everything, to resume from), best.pt
+(weights) and summary.json.
+"""
+import hashlib
+import importlib
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+
+import numpy as np
+import torch
+
+from support.files import finite_or_none, write_atomically
+from support.settings import Refused
+
+# --- checkpoints ----------------------------------------------------------------------------------
+
+
+def checksum(content):
+    """SHA-256 over a tree of dicts, lists, primitives and CPU tensors: keys, types, shapes, bytes."""
+    digest = hashlib.sha256()
+    add_to_digest(content, digest)
+    return digest.hexdigest()
+
+
+def add_to_digest(content, digest):
+    if isinstance(content, dict):
+        digest.update(f'dict {len(content)};'.encode())
+        for key, value in content.items():
+            digest.update(f'{key!r}:'.encode())
+            add_to_digest(value, digest)
+    elif isinstance(content, (list, tuple)):
+        digest.update(f'{type(content).__name__} {len(content)};'.encode())
+        for value in content:
+            add_to_digest(value, digest)
+    elif torch.is_tensor(content):
+        digest.update(f'{content.dtype} {tuple(content.shape)};'.encode())
+        digest.update(content.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+    else:
+        digest.update(f'{content!r};'.encode())
+
+
+def to_cpu(content):
+    """The same tree with every tensor copied to the CPU, each with memory of its own."""
+    if isinstance(content, dict):
+        return {key: to_cpu(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return type(content)(to_cpu(value) for value in content)
+    if torch.is_tensor(content):
+        return content.detach().to('cpu', copy=True)
+    return content
+
+
+def save_checkpoint(path, content):
+    """Write a dict of tensors, containers and primitives, atomically and with its checksum.
+
+    Refused if the disk has no room; the previous file stays.
+    """
+    content = to_cpu(content)
+    content['checksum'] = checksum(content)
+    try:
+        write_atomically(path, lambda f: torch.save(content, f))
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        reason = str(error).splitlines()[0]
+        raise Refused(f'{path} could not be written ({reason}); the previous checkpoint, if there '
+                      'is one, stays') from None
+
+
+def load_checkpoint(path):
+    """What save_checkpoint wrote, on the CPU; Refused if it is absent, damaged or another file."""
+    if not os.path.exists(path):
+        raise Refused(f'no checkpoint {path}; check the folder, or start with --init_from=scratch')
+    try:
+        content = torch.load(path, map_location='cpu', weights_only=True)
+        stored = content.pop('checksum')
+        if checksum(content) != stored:
+            raise ValueError('its checksum does not match')
+    except Exception as error:  # torch raises a dozen types for a damaged file
+        first = (str(error).splitlines() or [''])[0]
+        reason = f'{type(error).__name__}: {first}'[:120]
+        raise Refused(f'checkpoint {path} is damaged or not one of ours ({reason}); use another '
+                      'copy, e.g. best.pt for the weights') from None
+    if content.get('format') != FORMAT:
+        raise Refused(f'checkpoint {path} is of another format ({content.get("format")!r}, this '
+                      f'version reads {FORMAT!r}); use the version that wrote it')
+    return content
+
+
+FORMAT = 'nanoprune 2'  # checkpoints of format 1 do not load: they had no model configuration
+
+
+# --- pruned weights, stored sparse ----------------------------------------------------------------
+
+
+def pack(tensor, mask):
+    """What the mask keeps of `tensor`, on the CPU: one bit a weight and the kept values."""
+    tensor = tensor.detach().cpu()
+    mask = mask.cpu()
+    bits = torch.from_numpy(np.packbits(mask.numpy()))
+    return {'bits': bits, 'values': tensor[mask], 'shape': list(tensor.shape)}
+
+
+def unpack(packed):
+    """The tensor of pack, to the bit, +0 where the mask pruned. ValueError if its parts disagree."""
+    size = math.prod(packed['shape'])
+    bits = packed['bits'].cpu().numpy()
+    mask = np.unpackbits(bits)[:size].astype(bool)
+    values = packed['values']
+    if len(bits) != -(-size // 8) or mask.sum() != values.numel():
+        raise ValueError(f"packed tensor of shape {packed['shape']}: {len(bits)} bytes of mask that "
+                         f'keep {mask.sum()} weights do not fit {values.numel()} values')
+    out = torch.zeros(size, dtype=values.dtype)
+    out[torch.from_numpy(mask)] = values
+    return out.view(packed['shape'])
+
+
+def pack_weights(weights, masks, dtype):
+    """{name: tensor}, the masked ones packed, matrices in `dtype`; unpack_weights undoes it."""
+    packed = {}
+    for name, weight in weights.items():
+        cast = weight.to(dtype) if weight.dim() >= 2 else weight
+        packed[name] = pack(cast, masks[name]) if name in masks else cast
+    return packed
+
+
+def unpack_weights(weights):
+    """{name: dense tensor} of what a checkpoint has under `weights`, packed or not."""
+    return {name: unpack(w) if isinstance(w, dict) else w for name, w in weights.items()}
+
+
+# --- log, metrics, tracker ------------------------------------------------------------------------
+
+
+def clock(seconds):
+    """Seconds as h:mm:ss."""
+    seconds = int(seconds)
+    return f'{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}'
+
+
+def size(n):
+    """Bytes as text."""
+    return f'{n / 2**30:.2f} GiB' if n >= 2**28 else f'{n / 2**20:.1f} MiB'
+
+
+class RunLog:
+    """Prints and keeps what a run says. On ranks other than 0 everything is a no-op."""
+
+    def __init__(self, out_dir, tracker='none', config=None, keep_until=None, write=True):
+        """keep_until: the step a run resumes from; what was measured after it goes. None: anew."""
+        self.write = write
+        self.track = None
+        if not write:
+            return
+        os.makedirs(out_dir, exist_ok=True)
+        metrics = os.path.join(out_dir, 'metrics.jsonl')
+        kept = []
+        if keep_until is not None:
+            # The evaluation at the step it resumes from is made again, if it is due.
+            kept = [r for r in read_metrics(metrics) if r['step'] < keep_until + ('loss' in r)]
+        lines = [json.dumps(record) + '\n' for record in kept]
+        write_atomically(metrics, lambda f: f.write(''.join(lines).encode()))
+        self.metrics = open(metrics, 'a', encoding='utf-8')
+        mode = 'w' if keep_until is None else 'a'
+        self.text = open(os.path.join(out_dir, 'train.log'), mode, encoding='utf-8')
+        try:
+            self.track = open_tracker(tracker, out_dir, config or {})
+        except Exception as error:  # whatever its package raises
+            self.warn(f'tracker={tracker} is not available', error)
+
+    def say(self, line=''):
+        if self.write:
+            print(line, flush=True)
+            self.text.write(line + '\n')
+            self.text.flush()
+
+    def warn(self, what, error):
+        self.say(f'WARNING: {what} ({type(error).__name__}: {error}); metrics.jsonl has it all')
+
+    def measure(self, record):
+        """One object of metrics.jsonl."""
+        if not self.write:
+            return
+        self.metrics.write(json.dumps(finite_or_none(record)) + '\n')
+        self.metrics.flush()
+        if self.track:
+            numbers = {k: v for k, v in record.items() if isinstance(v, (int, float))}
+            try:
+                self.track(numbers, record['step'])
+            except Exception as error:  # a tracker never ends a run
+                self.track = None
+                self.warn('the tracker failed', error)
+
+    def close(self):
+        if self.write:
+            self.metrics.close()
+            self.text.close()
+
+
+def read_metrics(path):
+    """The objects of a metrics.jsonl; a last line cut short by a crash is left out."""
+    records = []
+    if not os.path.exists(path):
+        return records
+    with open(path, encoding='utf-8') as f:
+        for line in f:
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                break
+    return records
+
+
+TRACKERS = ('none', 'wandb', 'trackio', 'tensorboard')
+
+
+def open_tracker(name, out_dir, config):
+    """A function (numbers, step) for the tracker `name`; raises whatever its package raises."""
+    if name == 'none':
+        return None
+    if name == 'tensorboard':
+        tensorboard = importlib.import_module('torch.utils.tensorboard')
+        writer = tensorboard.SummaryWriter(os.path.join(out_dir, 'tensorboard'))
+
+        def write_all(numbers, step):
+            for key, value in numbers.items():
+                writer.add_scalar(key, value, step)
+        return write_all
+    package = importlib.import_module(name)  # wandb and trackio share this interface
+    package.init(project='nanoprune', name=os.path.basename(os.path.normpath(out_dir)), config=config)
+    if name == 'wandb':
+        return lambda numbers, step: package.log(numbers, step=step)
+    return lambda numbers, step: package.log(numbers)
+
+
+def provenance():
+    """What made this run: command, commit of the code (and whether it was edited), versions."""
+    return dict(
+        command=' '.join(sys.argv),
+        commit=git('rev-parse', 'HEAD') or 'unknown',
+        edited=bool(git('status', '--porcelain', '--untracked-files=no')),
+        python=platform.python_version(),
+        torch=torch.__version__,
+        cuda=torch.version.cuda,
+        hip=torch.version.hip,
+        host=platform.node(),
+    )
+
+
+def git(*words):
+    """What git says of the folder of this code, empty if there is no git or no repository."""
+    home = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    try:
+        done = subprocess.run(['git', '-C', home, *words], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return ''
+    return done.stdout.strip()
