@@ -1,0 +1,392 @@
+"""The one reader of token shards, the order of the training windows, and the tokenizers.
+
+A shard is llm.c's: 256 little-endian int32 (magic, version, number of tokens, zeros), then uint16
+tokens. Every document ends with <|endoftext|>. nanoGPT's headerless train.bin and val.bin are read
+too.
+"""
+import hashlib
+import mmap
+import os
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from support.files import read_json
+from support.settings import Refused
+from support.sources import SOURCES
+
+MAGIC = 20240520  # llm.c, dev/data/data_common.py
+VERSION = 1
+HEADER_BYTES = 1024
+VOCABULARY = {'gpt2': 50257, 'bytes': 257}  # tokens; the last one of each is <|endoftext|>
+EOT_TEXT = '<|endoftext|>'
+FAULT_BYTES = 65536  # what Linux maps around one page fault (fault_around_bytes)
+RESIDENT_BYTES = 8 << 20  # mapped pages that a stream keeps; they count as this process's memory
+MAX_MAPS = 64  # shards mapped at the same time; each costs a file descriptor
+
+
+# --- shards ---------------------------------------------------------------------------------------
+
+
+def read_header(path):
+    """Number of tokens of a shard with llm.c's header. Refused if it is foreign or does not fit."""
+    found = os.path.getsize(path)
+    if found < HEADER_BYTES:
+        raise Refused(f'{path}: truncated: {found} bytes, but the header alone has {HEADER_BYTES}; '
+                      'copy or prepare it again')
+    magic, version, tokens = np.fromfile(path, '<i4', 3).tolist()
+    if (magic, version) != (MAGIC, VERSION):
+        raise Refused(f'{path}: not a token shard: magic {magic} version {version}, expected '
+                      f"{MAGIC} version {VERSION} (llm.c's GPT-2 format); move it away")
+    expected = HEADER_BYTES + 2 * tokens
+    if found != expected:
+        what = 'truncated' if found < expected else 'longer than its header says'
+        raise Refused(f'{path}: {what}: expected {expected} bytes ({tokens} tokens), found '
+                      f'{found}; copy or prepare it again')
+    return tokens
+
+
+def shard_layout(path):
+    """(offset of the first token in bytes, number of tokens) of a shard, with a header or without.
+
+    nanoGPT's train.bin and val.bin have none. As tokens, the magic's first two bytes would be
+    56280, which GPT-2 does not have, so that the two formats cannot be confused.
+    """
+    try:
+        size = os.path.getsize(path)
+        with open(path, 'rb') as f:
+            magic = int.from_bytes(f.read(4), 'little')
+    except OSError as error:
+        raise Refused(f'{path}: cannot be read ({error.strerror}); copy or prepare it '
+                      'again') from None
+    if os.path.basename(path) not in ('train.bin', 'val.bin') or magic == MAGIC:
+        return HEADER_BYTES, read_header(path)
+    if size == 0 or size % 2:
+        raise Refused(f'{path}: truncated: {size} bytes is not a positive number of 2-byte tokens; '
+                      'copy or make it again')
+    return 0, size // 2
+
+
+class TokenStream:
+    """The shards of one split as one sequence of tokens, memory-mapped when they are needed.
+
+    files: paths in order; vocab_size: the first token that is too large.
+    """
+
+    def __init__(self, split, files, vocab_size):
+        self.split = split
+        self.files = [str(f) for f in files]
+        self.vocab_size = vocab_size
+        layouts = [shard_layout(f) for f in self.files]
+        self.offsets = [offset for offset, _ in layouts]
+        # (shards + 1,): position of each shard's first token, then the end
+        self.firsts = np.cumsum([0] + [tokens for _, tokens in layouts])
+        self.tokens = int(self.firsts[-1])
+        self.maps = {}
+        self.resident = 0  # bytes that reading has mapped, at most
+
+    def windows(self, block_size):
+        """Non-overlapping windows of block_size inputs; the last target needs one token more."""
+        return (self.tokens - 1) // block_size
+
+    def shard_at(self, positions):
+        """Index of the shard that holds each position."""
+        return np.searchsorted(self.firsts, positions, side='right') - 1
+
+    def shard(self, index):
+        """Tokens of one shard, uint16, mapped."""
+        # Only unmapping makes the kernel take the pages off our account; mapping again costs 30
+        # microseconds. Another thread in the middle of a read keeps its own reference.
+        if self.resident > RESIDENT_BYTES or len(self.maps) >= MAX_MAPS:
+            self.maps = {}
+            self.resident = 0
+        if index not in self.maps:
+            with open(self.files[index], 'rb') as f:
+                self.maps[index] = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+        return np.frombuffer(self.maps[index], '<u2', offset=self.offsets[index])
+
+    def read(self, starts, length):
+        """int64 (len(starts), length): the tokens from each start, across shards where need be.
+
+        ValueError outside of the stream; Refused at a token that the vocabulary does not have.
+        """
+        starts = np.asarray(starts, np.int64)
+        if starts.size and (starts.min() < 0 or starts.max() + length > self.tokens):
+            raise ValueError(f'{self.split}: tokens {starts.min()} to {starts.max() + length - 1} '
+                             f'asked for, {self.tokens} there')
+        out = np.empty((len(starts), length), np.uint16)
+        for row, start, index in zip(out, starts.tolist(), self.shard_at(starts).tolist()):
+            done = 0
+            while done < length:
+                begin = start + done - int(self.firsts[index])
+                piece = self.shard(index)[begin:begin + length - done]
+                row[done:done + len(piece)] = piece
+                self.resident += FAULT_BYTES + piece.nbytes
+                done += len(piece)
+                index += 1
+        if out.size and out.max() >= self.vocab_size:
+            row, column = np.argwhere(out >= self.vocab_size)[0]
+            self.refuse_token(out[row, column], starts[row] + column)
+        return out.astype(np.int64)
+
+    def refuse_token(self, token, position):
+        index = self.shard_at(position)
+        raise Refused(f'{self.files[index]}: token {token} at position '
+                      f'{position - self.firsts[index]} is outside the vocabulary of '
+                      f'{self.vocab_size}; the file is damaged or was made with another tokenizer')
+
+
+# --- data sets ------------------------------------------------------------------------------------
+
+
+@dataclass
+class Data:
+    """An opened data set. The fingerprint depends on the tokens, not on folder or shard size."""
+    name: str
+    tokenizer: str
+    vocab_size: int
+    fingerprint: str
+    train: TokenStream
+    val: TokenStream
+
+
+def fingerprint_of(train, val):
+    """16 hex digits of SHA-256 over both splits' names, sizes and tokens.
+
+    All tokens count up to 32M; of more, samples of 2048 at both ends and evenly between (16 MB of
+    reading in 20 GB).
+    """
+    digest = hashlib.sha256()
+    for stream in (train, val):
+        digest.update(f'{stream.split} {stream.tokens} '.encode())
+        length = min(2048, stream.tokens)
+        count = -(-stream.tokens // length)
+        if stream.tokens > 1 << 25:
+            count = 1024 + stream.tokens // (1 << 22)
+        for i in range(count):
+            start = i * (stream.tokens - length) // max(1, count - 1)
+            digest.update(stream.read([start], length).astype('<u2').tobytes())
+    return digest.hexdigest()[:16]
+
+
+def split_of(filename):
+    """'train', 'val' or ''. Letters before do not count: medieval_train.bin is training data."""
+    if not filename.endswith('.bin'):
+        return ''
+    found = set(re.findall(r'(?<![a-z])(train|val)', filename.lower()))
+    if len(found) > 1:
+        raise Refused(f"{filename}: has both 'train' and 'val' in its name; rename it to say which "
+                      'split it is')
+    return found.pop() if found else ''
+
+
+def shard_files(folder):
+    """{file name: split} of the shards in a folder, sorted."""
+    splits = {name: split_of(name) for name in sorted(os.listdir(folder))}
+    return {name: split for name, split in splits.items() if split}
+
+
+def open_splits(folder, tokenizer):
+    """(train, val), each a TokenStream of what the folder holds."""
+    found = shard_files(folder)
+    streams = []
+    for split in ('train', 'val'):
+        paths = [os.path.join(folder, name) for name in found if found[name] == split]
+        streams.append(TokenStream(split, paths, VOCABULARY[tokenizer]))
+    return streams
+
+
+META = {  # what meta.json must have, and of what type
+    'name': str, 'tokenizer': str, 'vocab_size': int, 'train_tokens': int, 'val_tokens': int,
+    'documents': int, 'shards': list, 'fingerprint': str,
+}
+
+
+def read_meta(folder):
+    """meta.json as a dictionary, None where there is none, Refused where it is damaged."""
+    path = os.path.join(folder, 'meta.json')
+    meta = read_json(path)
+    if meta is None:
+        return None
+    again = 'restore it, or delete the folder and prepare the data again'
+    for key, kind in META.items():
+        if not isinstance(meta, dict) or not isinstance(meta.get(key), kind):
+            raise Refused(f"{path} is damaged: '{key}' is missing or not a {kind.__name__}; "
+                          f'{again}')
+    if VOCABULARY.get(meta['tokenizer']) != meta['vocab_size']:
+        raise Refused(f"{path} is damaged: tokenizer {meta['tokenizer']!r} with "
+                      f"vocab_size={meta['vocab_size']}; {again}")
+    if not all(isinstance(shard, dict) and isinstance(shard.get('file'), str)
+               for shard in meta['shards']):
+        raise Refused(f"{path} is damaged: 'shards' is not a list of {{file, tokens}}; {again}")
+    return meta
+
+
+def prepare_command(dataset, folder):
+    """The command that prepares a data set in a folder, as far as its name tells."""
+    source = dataset if dataset in SOURCES else 'text'
+    words = ['python prepare.py', source, *SOURCES[source].needs]
+    if dataset != source:
+        words.append(f'--name={dataset}')
+    if folder != os.path.join('data', dataset):
+        words.append(f'--data_dir={folder}')
+    return ' '.join(words)
+
+
+def check_folder(folder, dataset, meta):
+    """Refused where the folder holds no shards, another data set or other files than meta.json."""
+    command = prepare_command(dataset, folder)
+    found = shard_files(folder)
+    for split in ('train', 'val'):
+        if split not in found.values():
+            raise Refused(f"{folder} holds no {split} shards ('{split}' in the name, .bin at the "
+                          f'end); prepare the data with: {command}')
+    name = meta['name'] if meta else 'unlabelled'
+    if name != dataset:
+        told = '(meta.json)' if meta else 'shards (there is no meta.json)'
+        default = prepare_command(dataset, os.path.join('data', dataset))
+        raise Refused(f"dataset='{dataset}' but {folder} holds '{name}' {told}; write "
+                      f'--dataset={name} to train on it, or give the --data_dir of {dataset}, '
+                      f'prepared with: {default}')
+    listed = {shard['file'] for shard in meta['shards']} if meta else set(found)
+    for file in sorted(listed - set(found)):
+        raise Refused(f'{os.path.join(folder, file)} is missing, but meta.json lists it; copy it '
+                      f'again, or {command}')
+    for file in sorted(set(found) - listed):
+        raise Refused(f'{os.path.join(folder, file)} is not in meta.json; move it away')
+
+
+def open_data(data_dir, dataset):
+    """The data set in a folder (empty: data/<dataset>) as Data.
+
+    Refused where the folder holds nothing, another data set than `dataset`, or anything but what
+    was prepared.
+    """
+    folder = data_dir or os.path.join('data', dataset)
+    command = prepare_command(dataset, folder)
+    if not os.path.isdir(folder):
+        raise Refused(f"dataset='{dataset}': folder {folder} does not exist; prepare it with: "
+                      f'{command}')
+    meta = read_meta(folder)
+    if meta is None and os.path.exists(os.path.join(folder, 'journal.json')):
+        raise Refused(f'{folder}: preparation has not finished; run the same command again to '
+                      f'continue, e.g. {command}')
+    check_folder(folder, dataset, meta)
+    tokenizer = meta['tokenizer'] if meta else 'gpt2'
+    train, val = open_splits(folder, tokenizer)
+    for stream in (train, val):
+        if stream.tokens == 0:
+            raise Refused(f'{stream.files[0]}: the {stream.split} split holds no tokens; prepare '
+                          f'the data with: {command}')
+    fingerprint = fingerprint_of(train, val)
+    if meta and fingerprint != meta['fingerprint']:
+        raise Refused(f'{folder}: the shards have changed since they were prepared: fingerprint '
+                      f"{fingerprint}, meta.json says {meta['fingerprint']}; copy the folder "
+                      f'again, or delete it and run: {command}')
+    return Data(dataset, tokenizer, VOCABULARY[tokenizer], fingerprint, train, val)
+
+
+# --- order of the training windows ----------------------------------------------------------------
+
+
+def mixed(x):
+    """splitmix64's output function (Steele, Lea, Flood, OOPSLA 2014) on a uint64 array."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def window_order(positions, windows, seed):
+    """Window indices, int64, shape of `positions`: p is draw p % windows of epoch p // windows.
+
+    Each epoch is a permutation that depends on (seed, epoch) only, in O(1) memory: a keyed Feistel
+    network over the next power of four, walked along its cycle until it lands below `windows`
+    (Black and Rogaway, CT-RSA 2002). Integer arithmetic makes it the same with every NumPy.
+    """
+    if windows < 1:
+        raise ValueError(f'{windows} windows: nothing to draw from')
+    positions = np.asarray(positions, np.int64)
+    epoch, value = np.divmod(positions.ravel(), windows)
+    value = value.astype(np.uint64)
+    key = mixed(mixed(np.full(1, seed % 2**64, np.uint64)) + epoch.astype(np.uint64))
+    half = np.uint64(max(1, ((windows - 1).bit_length() + 1) // 2))
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    walking = np.arange(len(value))
+    while len(walking):
+        left = value[walking] >> half
+        right = value[walking] & mask
+        # 4 rounds make a strong pseudo-random permutation (Luby and Rackoff); narrow halves
+        # need more.
+        for number in range(8):
+            round_key = mixed(key[walking] + np.uint64(number))
+            left, right = right, left ^ (mixed(round_key ^ right) & mask)
+        value[walking] = left << half | right
+        walking = walking[value[walking] >= windows]
+    return value.astype(np.int64).reshape(positions.shape)
+
+
+# --- tokenizers -----------------------------------------------------------------------------------
+
+
+def gpt2_encoding():
+    """tiktoken's GPT-2 encoding, fetched on first use and cached in TIKTOKEN_CACHE_DIR."""
+    try:
+        import tiktoken
+        return tiktoken.get_encoding('gpt2')
+    except ImportError:
+        raise Refused("tokenizer='gpt2' needs tiktoken, which is not installed; run: pip install "
+                      'tiktoken') from None
+    except (OSError, ValueError) as error:
+        cache = os.environ.get('TIKTOKEN_CACHE_DIR', '')
+        raise Refused("tokenizer='gpt2': the vocabulary cannot be fetched "
+                      f'({type(error).__name__}) and is not in TIKTOKEN_CACHE_DIR={cache!r}; fetch '
+                      'it where there is a network, with TIKTOKEN_CACHE_DIR=FOLDER python -c '
+                      '"import tiktoken; tiktoken.get_encoding(\'gpt2\')", '
+                      'copy FOLDER here and set TIKTOKEN_CACHE_DIR to it') from None
+
+
+@dataclass
+class Tokenizer:
+    """Text to tokens and back. `encoding` is tiktoken's for gpt2, None for bytes."""
+    name: str
+    vocab_size: int
+    eot: int  # ends each document
+    encoding: Any = None
+
+    def encode_array(self, text):
+        """uint16 tokens of the text, without a final <|endoftext|>; a literal one is plain text."""
+        if self.encoding is None:
+            return np.frombuffer(text.encode(), np.uint8).astype(np.uint16)
+        try:
+            return self.encoding.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
+        except ValueError:
+            # The regular expression runs out of stack on very long white space. GPT-2's splitter
+            # cuts such a run out in any case, all but its last character, so that cutting there
+            # first gives the same tokens. Python's \s has \x1c-\x1f besides Unicode's white space.
+            parts = re.split(r'([^\S\x1c-\x1f]{1000,})(?=[^\S\x1c-\x1f])', text)
+            if len(parts) == 1:
+                raise
+            return np.concatenate([self.encode_array(part) for part in parts if part])
+
+    def encode(self, text):
+        return self.encode_array(text).tolist()
+
+    def decode_bytes(self, tokens):
+        """UTF-8; a character may be split between tokens."""
+        if self.encoding is not None:
+            return self.encoding.decode_bytes(list(tokens))
+        return b''.join(EOT_TEXT.encode() if t == self.eot else bytes([t]) for t in tokens)
+
+    def decode(self, tokens):
+        return self.decode_bytes(tokens).decode(errors='replace')
+
+
+def get_tokenizer(name):
+    """The Tokenizer called 'gpt2' or 'bytes'. Refused if its vocabulary cannot be had."""
+    if name not in VOCABULARY:
+        raise Refused(f'tokenizer={name!r} is not one of {", ".join(VOCABULARY)}')
+    encoding = gpt2_encoding() if name == 'gpt2' else None
+    return Tokenizer(name, VOCABULARY[name], VOCABULARY[name] - 1, encoding)
