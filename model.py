@@ -1,20 +1,28 @@
-"""GPT-2: embeddings, blocks of attention (attention.py) and MLP, and the loss of loss.py.
+"""GPT-2, its attentions, and the cache that texts are decoded from.
 
-Shapes: B batch, T time, C width (n_embd), H heads, D head width (C / H), N = B x T tokens, V padded vocabulary.
-The matrices may be bfloat16 (working weights, see optim.py) while vectors stay float32; activations have the
-matrices' type, and whatever a vector touches is computed in float32.
+Shapes: B rows, T tokens, C width (n_embd), H heads, K key heads, D head width (C / H), L latent
+width, R rotary numbers of a head, S places of a cache, V padded vocabulary. Matrices may be
+bfloat16 while vectors stay float32: activations have the matrices' type, and whatever a vector
+touches is computed in float32.
 """
 import math
+import os
+import sys
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 import torch._functorch.config
 import torch.nn as nn
 from torch.nn import functional as F
 
-import fp8
-from attention import Attention, LatentAttention, Linear, is_reciprocal, recomputed, up_std
-from loss import ChunkedCrossEntropy, chunked_loss, fastest_chunk, loss_chunk
+from kernels import float8
+from kernels.loss import ChunkedCrossEntropy, chunked_loss, fastest_chunk, loss_chunk
+from kernels.reciprocal import block_masks, flex_runs, reciprocal_attention, recomputed
+from support.rundir import load_checkpoint, unpack_weights
+from support.settings import Refused
+
+POSITIONS = ('learned', 'rotary')
 
 
 @dataclass
@@ -26,13 +34,11 @@ class GPTConfig:
     n_embd: int = 768
     dropout: float = 0.0
     bias: bool = False
-    attention: str = 'mha'
-    latent_dim: int = 128
-    per_head_q_latent: bool = True
-    per_head_v_up: bool = True
-    latent_norm: bool = True
-    latent_scale: bool = False
-    latent_rotary: int = 0
+    attention: str = 'mha'  # a name of ATTENTIONS
+    n_kv_head: int = 0  # of multi-head attention; 0: n_head
+    positions: str = 'learned'
+    latent_dim: int = 128  # of latent attention
+    latent_rotary: int = 0  # of latent attention; 0 with rotary positions: half of the head width
     ra_alpha: float = 0.0
     ra_window: int = 64
     ra_learned: bool = False
@@ -41,13 +47,67 @@ class GPTConfig:
 
     @property
     def padded_vocab_size(self):
-        """A multiple of 128, so that the head's matrix products tile evenly (50257 -> 50304)."""
+        """A multiple of 128, so that the head's products tile evenly (50257 -> 50304)."""
         return -(-self.vocab_size // 128) * 128
 
+    @property
+    def head_width(self):
+        return self.n_embd // self.n_head
 
-def model_config(s, vocab_size):
-    """The model these Settings describe."""
-    return GPTConfig(vocab_size=vocab_size, **{f.name: getattr(s, f.name) for f in fields(GPTConfig) if hasattr(s, f.name)})
+    @property
+    def rotary_width(self):
+        """Numbers of each head's queries and keys that rotary embedding turns."""
+        if self.attention == 'mla' and self.latent_rotary:
+            return self.latent_rotary
+        if self.positions == 'learned':
+            return 0
+        return self.head_width // 2 if self.attention == 'mla' else self.head_width
+
+    @property
+    def reciprocal(self):
+        """Whether attention has a reciprocal term."""
+        return self.ra_learned or self.ra_alpha != 0
+
+    @property
+    def windowed(self):
+        """Whether the window of the reciprocal term cuts anything off."""
+        return self.reciprocal and 0 <= self.ra_window < self.block_size - 1
+
+    def check(self):
+        """ValueError for shapes that do not fit each other."""
+        R = self.rotary_width
+        content = self.head_width - R
+        if self.n_embd % self.n_head:
+            raise ValueError(f'n_embd={self.n_embd} n_head={self.n_head}: the width must be a '
+                             'multiple of the heads')
+        if self.n_kv_head and self.n_head % self.n_kv_head:
+            raise ValueError(f'n_head={self.n_head} n_kv_head={self.n_kv_head}: the heads must be '
+                             'a multiple of the key heads')
+        if self.n_kv_head and self.reciprocal:
+            raise ValueError(f'n_kv_head={self.n_kv_head}: the reciprocal term exchanges query and '
+                             'key, so it needs a key for each head; set n_kv_head=0')
+        if R < 0 or R % 2 or content < (self.attention == 'mla'):
+            raise ValueError(f'positions={self.positions!r} latent_rotary={self.latent_rotary}: '
+                             f'{R} rotary numbers in a head of {self.head_width}; they must be '
+                             'even, and in latent attention fewer than the head has')
+
+
+def model_config(settings, vocab_size):
+    """The GPTConfig that the settings describe, of the fields that they have."""
+    known = [f.name for f in fields(GPTConfig)]
+    told = {name: value for name, value in vars(settings).items() if name in known}
+    return GPTConfig(vocab_size=vocab_size, **told)
+
+
+# --- layers ---------------------------------------------------------------------------------------
+
+
+class Linear(nn.Linear):
+    """nn.Linear whose bias may be float32 beside a bfloat16 weight."""
+
+    def forward(self, x):
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight, bias)
 
 
 class LayerNorm(nn.Module):
@@ -59,104 +119,421 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(width)) if bias else None
 
     def forward(self, x):
-        return F.layer_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.bias, 1e-5).to(x.dtype)
+        exact = x.to(self.weight.dtype)
+        y = F.layer_norm(exact, self.weight.shape, self.weight, self.bias, 1e-5)
+        return y.to(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """x / root mean square, times a gain (arXiv 1910.07467), in the gain's (float32) precision."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x):
+        exact = x.to(self.weight.dtype)
+        return F.rms_norm(exact, self.weight.shape, self.weight, 1e-5).to(x.dtype)
 
 
 def gelu(x):
-    """GPT-2's tanh form, x (1 + tanh u) / 2. Compiled as x sigmoid(2 u), the same function, for tanh is slow on a GPU."""
+    """GPT-2's tanh form, x (1 + tanh u) / 2.
+
+    Compiled as x sigmoid(2 u), the same function, because tanh is slow on a GPU.
+    """
     if not torch.compiler.is_compiling():
         return F.gelu(x, approximate='tanh')
     exact = x.to(torch.promote_types(x.dtype, torch.float32))
-    return (exact * torch.sigmoid(math.sqrt(8 / math.pi) * exact * (1 + 0.044715 * exact * exact))).to(x.dtype)
+    two_u = math.sqrt(8 / math.pi) * exact * (1 + 0.044715 * exact * exact)
+    return (exact * torch.sigmoid(two_u)).to(x.dtype)
 
 
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.dropout, self.fp8 = config.dropout, config.fp8
+        self.dropout = config.dropout
+        self.fp8 = config.fp8
         self.fc = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x):  # (B, T, C)
-        if self.fp8 and torch.is_grad_enabled():  # evaluation and sampling are in the matrices' type
-            y = fp8.Float8MLP.apply(x, self.fc.weight, self.proj.weight)
+        if self.fp8 and torch.is_grad_enabled():  # evaluation is in the matrices' own type
+            y = float8.Float8MLP.apply(x, self.fc.weight, self.proj.weight)
         else:
-            y = self.proj(recomputed(gelu, self.fc(x)))  # again in the backward, in one kernel with its gradient
+            y = self.proj(recomputed(gelu, self.fc(x)))
         return F.dropout(y, self.dropout, self.training)
+
+
+# --- positions and the cache ----------------------------------------------------------------------
+
+
+class Places(NamedTuple):
+    """Where the tokens of a forward pass stand, the same for all layers."""
+    positions: torch.Tensor | None  # (B, T) int64; None: 0 ... T - 1 in each row
+    cos: torch.Tensor | None  # (B or 1, T, 1, R / 2) of the rotary angles; None: nothing turns
+    sin: torch.Tensor | None
+    visible: torch.Tensor | None  # (B, 1, T, S) bool, places of a cache; None: causal
+
+
+def rotary_angles(positions, R, dtype):
+    """cos and sin, each (B, T, 1, R / 2), for `rotated` at positions (B, T)."""
+    half = R // 2
+    frequency = 10_000.0 ** (-torch.arange(half, device=positions.device, dtype=dtype) / half)
+    angle = positions[:, :, None, None] * frequency
+    return angle.cos(), angle.sin()
+
+
+def rotated(x, cos, sin):
+    """Rotary embedding (arXiv 2104.09864) of x (B, T, heads, R), computed in the angles' type."""
+    first, second = x.to(cos.dtype).chunk(2, -1)
+    turned = torch.cat([first * cos - second * sin, first * sin + second * cos], -1)
+    return turned.to(x.dtype)
+
+
+class Cache:
+    """What one layer has read of B texts: tensors (B, heads, S, width), by name.
+
+    A place holds what was put there last. Nothing says how far a text goes but the positions of
+    its tokens, which see their own place and those before it. No gradients flow through it.
+    """
+
+    def __init__(self, **held):
+        self.held = held
+
+    def extend(self, name, new, positions):
+        """Put new (B, heads, T, width) at positions (B, T), None: 0 ... T - 1; returns all S."""
+        held = self.held[name]
+        if positions is None:
+            held[:, :, :new.size(2)] = new
+        else:
+            row = torch.arange(len(positions), device=positions.device)[:, None]
+            held[row, :, positions] = new.transpose(1, 2)
+        return held
+
+    def part(self, rows=slice(None), places=slice(None)):
+        """A view of some rows and places."""
+        return Cache(**{name: t[rows, :, places] for name, t in self.held.items()})
+
+    @property
+    def places(self):
+        return next(iter(self.held.values())).size(2)
+
+    @property
+    def nbytes(self):
+        return sum(tensor.nbytes for tensor in self.held.values())
+
+
+# --- attention ------------------------------------------------------------------------------------
+
+
+def initial_alpha(config):
+    """Weight of the reciprocal term: learned (H,), fixed, or None where there is no term."""
+    if config.ra_learned:
+        return nn.Parameter(torch.full((config.n_head,), config.ra_alpha))
+    return config.ra_alpha or None
+
+
+def attend(q, k, v, alpha, window, dropout):
+    """Causal attention of q (B, H, T, D) to k, v (B, K, T, D) -> (B, H, T, D)."""
+    if alpha is not None:
+        return reciprocal_attention(q, k, v, alpha, window, dropout)
+    grouped = k.size(1) < q.size(1)
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True,
+                                          enable_gqa=grouped)
+
+
+def attend_to_cache(q, keys, values, visible, scale=None):
+    """Attention of q (B, H, T, D) to the visible places of (B, K, S, D) -> (B, H, T, D).
+
+    Heads that share a key head become more queries of it: nothing is copied for them.
+    """
+    B, H, T, _ = q.shape
+    K = keys.size(1)
+    shared = H // K
+    q = q.reshape(B, K, shared * T, -1)
+    visible = visible.repeat(1, 1, shared, 1)  # (B, 1, shared T, S)
+    y = F.scaled_dot_product_attention(q, keys, values, visible, scale=scale)
+    return y.reshape(B, H, T, -1)
+
+
+class Attention(nn.Module):
+    """Multi-head attention; with fewer key heads than heads, grouped-query (arXiv 2305.13245)."""
+
+    def __init__(self, config):
+        super().__init__()
+        D = config.head_width
+        key_heads = config.n_kv_head or config.n_head
+        self.heads = [config.n_head, key_heads, key_heads]  # of q, k and v
+        self.rotary = config.rotary_width > 0
+        self.dropout = config.dropout
+        self.window = config.ra_window
+        self.qkv = Linear(config.n_embd, sum(self.heads) * D, bias=config.bias)
+        self.proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.alpha = initial_alpha(config)
+
+    def new_cache(self, rows, places):
+        _, K, _ = self.heads
+        D = self.qkv.out_features // sum(self.heads)
+        new_zeros = self.qkv.weight.new_zeros
+        return Cache(keys=new_zeros(rows, K, places, D), values=new_zeros(rows, K, places, D))
+
+    def forward(self, x, places, cache=None):
+        B, T, C = x.shape
+        heads = self.qkv(x).view(B, T, sum(self.heads), -1)
+        q, k, v = heads.split(self.heads, 2)  # (B, T, H, D), (B, T, K, D) twice
+        if self.rotary:
+            q = rotated(q, places.cos, places.sin)
+            k = rotated(k, places.cos, places.sin)
+        q = q.transpose(1, 2)  # (B, H, T, D)
+        k = k.transpose(1, 2)
+        v = v.transpose(1, 2)
+        if cache is not None:
+            keys = cache.extend('keys', k, places.positions)
+            values = cache.extend('values', v, places.positions)
+        if places.visible is None:
+            dropout = self.dropout if self.training else 0.0
+            y = attend(q, k, v, self.alpha, self.window, dropout)
+        else:
+            y = attend_to_cache(q, keys, values, places.visible)
+        y = self.proj(y.transpose(1, 2).reshape(B, T, C))
+        return F.dropout(y, self.dropout, self.training)
+
+
+class LatentAttention(nn.Module):
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1).
+
+    All heads share c^K = norm(x W_dk) and c^V = norm(x W_dv), each (T, L). Head h has keys
+    c^K A_h^T and values c^V U_h, with A_h (D, L), U_h (L, D). A whole text expands them, so that
+    fused kernels serve; decoding multiplies A and U from the other side, (q_h A_h) . c^K, so that
+    the cache holds latents alone. With a rotary part (section 2.1.3) the last R numbers of queries
+    and keys are rotary instead; the keys' come straight from x and are the same in all heads.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        C = config.n_embd
+        D = config.head_width
+        L = config.latent_dim
+        R = config.rotary_width
+        self.n_head = config.n_head
+        self.head_width = D
+        self.rotary = R
+        self.widths = [C, L, R, L]  # of queries, key latents, rotary keys, value latents
+        self.dropout = config.dropout
+        self.window = config.ra_window
+        self.down = Linear(C, sum(self.widths), bias=config.bias)  # one product is faster than four
+        self.key_up = Linear(L, config.n_head * (D - R), bias=False)  # A
+        self.value_up = Linear(L, config.n_head * D, bias=False)  # U
+        self.key_norm = RMSNorm(L)
+        self.value_norm = RMSNorm(L)
+        self.proj = Linear(C, C, bias=config.bias)
+        self.alpha = initial_alpha(config)
+
+    def new_cache(self, rows, places):
+        _, L, R, _ = self.widths
+        new_zeros = self.down.weight.new_zeros
+        return Cache(keys=new_zeros(rows, 1, places, L + R), values=new_zeros(rows, 1, places, L))
+
+    def parts(self, projected, cos, sin):
+        """projected (B, T, C + L + R + L) -> q (B, T, H, D), c^K (B, T, L), rotary keys (B, T, R),
+        c^V (B, T, L); normalised and rotated."""
+        B, T, _ = projected.shape
+        q, key_latent, rotary_key, value_latent = projected.split(self.widths, -1)
+        q = q.view(B, T, self.n_head, self.head_width)
+        if self.rotary:
+            content, turning = q.split([self.head_width - self.rotary, self.rotary], -1)
+            q = torch.cat([content, rotated(turning, cos, sin)], -1)
+            rotary_key = rotated(rotary_key[:, :, None], cos, sin)[:, :, 0]
+        return q, self.key_norm(key_latent), rotary_key, self.value_norm(value_latent)
+
+    def expanded(self, projected, cos, sin):
+        """Queries, keys and values for attention of a whole text, each (B, H, T, D)."""
+        q, key_latent, rotary_key, value_latent = self.parts(projected, cos, sin)
+        B, T, H, D = q.shape
+        keys = self.key_up(key_latent).view(B, T, H, D - self.rotary)
+        if self.rotary:
+            keys = torch.cat([keys, rotary_key[:, :, None].expand(-1, -1, H, -1)], -1)
+        values = self.value_up(value_latent).view(B, T, H, D)
+        return q.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2)
+
+    def absorbed(self, q):
+        """Queries (B, T, H, D) -> (B, H, T, L + R), which multiply keys as they are cached."""
+        content, turning = q.split([self.head_width - self.rotary, self.rotary], -1)
+        A = self.key_up.weight.view(self.n_head, self.head_width - self.rotary, -1)
+        latent = torch.einsum('bthd,hdl->bhtl', content, A)
+        return torch.cat([latent, turning.transpose(1, 2)], -1)
+
+    def forward(self, x, places, cache=None):
+        B, T, C = x.shape
+        projected = self.down(x)
+        if cache is not None:
+            q, key_latent, rotary_key, value_latent = self.parts(projected, places.cos, places.sin)
+            key = torch.cat([key_latent, rotary_key], -1)[:, None]  # (B, 1, T, L + R)
+            keys = cache.extend('keys', key, places.positions)
+            values = cache.extend('values', value_latent[:, None], places.positions)
+        if places.visible is None:
+            # Expanding again in the backward is cheap; keeping would cost more than the latents.
+            q, k, v = recomputed(self.expanded, projected, places.cos, places.sin)
+            dropout = self.dropout if self.training else 0.0
+            y = attend(q, k, v, self.alpha, self.window, dropout)
+        else:
+            scale = self.head_width ** -0.5
+            y = attend_to_cache(self.absorbed(q), keys, values, places.visible, scale)
+            U = self.value_up.weight.view(self.n_head, self.head_width, -1)
+            y = torch.einsum('bhtl,hdl->bhtd', y, U)
+        y = self.proj(y.transpose(1, 2).reshape(B, T, C))
+        return F.dropout(y, self.dropout, self.training)
+
+
+ATTENTIONS = {'mha': Attention, 'mla': LatentAttention}
+
+
+def attention_backend(config, batch_size, device, dtype):
+    """Name of the kernel that runs this model's attention here; 'math' is unfused.
+
+    Asks PyTorch's own dispatcher with tensors of the real shapes, so it is what runs.
+    """
+    if config.windowed:
+        device_type = torch.device(device).type
+        return 'flex' if flex_runs(device_type, dtype, config.head_width) else 'math'
+    H = config.n_head
+    K = H
+    if config.attention == 'mha':
+        K = config.n_kv_head or H
+    D = config.head_width * (2 if config.reciprocal else 1)
+    shape = (batch_size, config.block_size, H + 2 * K, D)
+    heads = torch.empty(shape, device=device, dtype=dtype, requires_grad=True)
+    q, k, v = (part.transpose(1, 2) for part in heads.split([H, K, K], 2))
+    choice = int(torch._fused_sdp_choice(q, k, v, None, config.dropout, True, enable_gqa=K < H))
+    names = {0: 'math', 1: 'flash', 2: 'memory-efficient', 3: 'cudnn'}  # SDPBackend of torch
+    return names.get(choice, f'unknown ({choice})')
+
+
+# --- the model ------------------------------------------------------------------------------------
 
 
 class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.norm_1 = LayerNorm(config.n_embd, config.bias)
-        self.attention = (LatentAttention if config.attention == 'mla' else Attention)(config)
+        self.attention = ATTENTIONS[config.attention](config)
         self.norm_2 = LayerNorm(config.n_embd, config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x, layer=None, step=None):  # (B, T, C); layer, step: of a cache
-        x = x + self.attention(self.norm_1(x), layer, step)
+    def forward(self, x, places, cache=None):  # (B, T, C)
+        x = x + self.attention(self.norm_1(x), places, cache)
         return x + self.mlp(self.norm_2(x))
 
 
 class GPT(nn.Module):
-    """GPT-2 (Radford et al. 2019): pre-norm, learned positions, head tied to the token embedding."""
+    """GPT-2 (Radford et al. 2019): pre-norm, head tied to the token embedding."""
 
     def __init__(self, config):
         super().__init__()
-        self.config, self.loss_chunk = config, loss_chunk
+        config.check()
+        self.config = config
+        self.loss_chunk = loss_chunk
         self.token_embedding = nn.Embedding(config.padded_vocab_size, config.n_embd)
-        self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
+        if config.positions == 'learned':
+            self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = LayerNorm(config.n_embd, config.bias)
         for name, p in self.named_parameters():
-            if p.dim() == 2:  # the residual stream is a sum of 2 x n_layer projections: keep its variance (GPT-2, section 2.3)
-                residual = name.endswith('proj.weight')
-                std = up_std(config) if name.endswith('_up.weight') else 0.02
-                nn.init.normal_(p, std=std / math.sqrt(2 * config.n_layer) if residual else std)
+            if p.dim() == 2:
+                nn.init.normal_(p, std=self.initial_std(name))
             elif name.endswith('bias'):
                 nn.init.zeros_(p)
 
-    def hidden(self, idx, cache=None, counts=None, step=None):
-        """Tokens (B, T) -> the final normalised residual stream (B, T, C). T is at most block_size.
+    def initial_std(self, name):
+        """Standard deviation of a new matrix."""
+        if name.endswith('proj.weight'):  # the residual stream sums 2 n_layer of them: keep its
+            return 0.02 / math.sqrt(2 * self.config.n_layer)  # variance (GPT-2, section 2.3)
+        if name.endswith('_up.weight'):  # keys and values spread as GPT-2's, whose C inputs have
+            return 0.02 * math.sqrt(self.config.n_embd / self.config.latent_dim)  # variance 1 too
+        return 0.02
 
-        With a cache (attention.new_cache) the tokens follow those it has read, and it reads them too. counts (B,) int64
-        on the CPU: how many of each row are real, the rest being filling at its end whose output means nothing. step: from
-        cache.step(), instead of cache.plan(); cache.lengths is then the caller's to advance.
+    def places(self, idx, positions, cache):
+        """The Places of tokens idx (B, T); see hidden."""
+        cos = sin = visible = None
+        if self.config.rotary_width:
+            index = positions
+            if positions is None:
+                index = torch.arange(idx.size(1), device=idx.device)[None]  # (1, T)
+            exact = torch.promote_types(self.token_embedding.weight.dtype, torch.float32)
+            cos, sin = rotary_angles(index, self.config.rotary_width, exact)
+        if positions is not None:
+            place = torch.arange(cache[0].places, device=idx.device)
+            visible = place <= positions[:, None, :, None]
+        return Places(positions, cos, sin, visible)
+
+    def hidden(self, idx, positions=None, cache=None):
+        """Tokens (B, T) -> the final normalised residual stream (B, T, C). T <= block_size.
+
+        With a cache, of new_cache, it reads the tokens too: at positions (B, T), after what stands
+        there before them; without positions at 0 ... T - 1, after nothing.
         """
         T = idx.size(1)
         if T > self.config.block_size:
             raise ValueError(f'{T} tokens do not fit in block_size={self.config.block_size}')
-        if cache and not step:
-            step = cache.plan(idx, counts)
-        positions = self.position_embedding(step.positions) if cache else self.position_embedding.weight[:T]
-        x = F.dropout(self.token_embedding(idx) + positions, self.config.dropout, self.training)  # (B, T, C)
-        for block, layer in zip(self.blocks, cache.layers if cache else [None] * len(self.blocks)):
-            x = block(x, layer, step)
-        if cache and step.lengths is not None:
-            cache.lengths = step.lengths
+        if positions is not None and cache is None:
+            raise ValueError('positions are those of a cache; give one, or no positions')
+        x = self.token_embedding(idx)  # (B, T, C)
+        if self.config.positions == 'learned':
+            embedding = self.position_embedding
+            x = x + (embedding.weight[:T] if positions is None else embedding(positions))
+        x = F.dropout(x, self.config.dropout, self.training)
+        places = self.places(idx, positions, cache)
+        for n, block in enumerate(self.blocks):
+            x = block(x, places, cache[n] if cache else None)
         return self.norm(x)
 
     def head(self, hidden):
-        """(..., C) -> logits (..., vocab_size): the padded rows are left out, so they can never be sampled."""
-        return (hidden @ self.token_embedding.weight.t())[..., :self.config.vocab_size]  # cut afterwards: GPUs like even sizes
+        """(..., C) -> logits (..., vocab_size): no padded row can ever be sampled."""
+        logits = hidden @ self.token_embedding.weight.t()
+        return logits[..., :self.config.vocab_size]  # cut afterwards: GPUs like even sizes
 
     def forward(self, idx, targets=None):
-        """idx (B, T) int64 -> logits (B, T, vocab_size), or with targets (B, T; -1 = not scored) the mean loss alone."""
+        """Tokens (B, T) -> logits (B, T, vocab_size).
+
+        With targets (B, T), -1 where nothing is scored: the mean loss in nats alone.
+        """
         x = self.hidden(idx)
         if targets is None:
             return self.head(x)
-        weight, training = self.token_embedding.weight, torch.is_grad_enabled()
-        one_chunk = fp8.head(weight) if self.config.fp8 and training else fastest_chunk(x, self.loss_chunk)
-        arguments = (x.flatten(0, 1), weight, targets.flatten(), self.config.vocab_size, self.config.loss_chunk_tokens, one_chunk)
-        return ChunkedCrossEntropy.apply(*arguments) if training else chunked_loss(*arguments)[0]
+        c = self.config
+        weight = self.token_embedding.weight
+        training = torch.is_grad_enabled()
+        one_chunk = fastest_chunk(x, self.loss_chunk)
+        if c.fp8 and training:
+            one_chunk = float8.head(weight)
+        arguments = (x.flatten(0, 1), weight, targets.flatten(), c.vocab_size, c.loss_chunk_tokens,
+                     one_chunk)
+        if training:
+            return ChunkedCrossEntropy.apply(*arguments)
+        loss, _ = chunked_loss(*arguments)
+        return loss
+
+    def new_cache(self, rows):
+        """An empty Cache for each layer, for `rows` texts of block_size tokens.
+
+        2 C numbers a token and layer, C times 2 K / H of grouped queries, 2 L + R of latents.
+        """
+        if self.config.reciprocal:
+            raise ValueError(f'ra_alpha={self.config.ra_alpha} ra_learned={self.config.ra_learned}'
+                             ': reciprocal attention has no cache; read the whole text instead')
+        return [block.attention.new_cache(rows, self.config.block_size) for block in self.blocks]
 
     def compile_parts(self):
-        """Compile the blocks and, where loss.py has no kernel for it, the loss of a chunk: each a graph of its own.
+        """Compile the blocks and, where there is no kernel for it, the loss of a chunk.
 
-        In one graph the compiler schedules the head's matrix products of all chunks first and holds all logits.
+        Each is a graph of its own: in one graph the compiler schedules the head's matrix products
+        of all chunks first and holds all logits.
         """
-        # that of fp8 is traced whole, so nothing of it is missing in the key of the compile cache
+        # Float8's is traced whole, so nothing of it is missing in the key of the compile cache.
         torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
+        device = self.token_embedding.weight.device
+        if self.config.windowed and device.type == 'cuda':
+            block_masks(self.config.block_size, self.config.ra_window, device)
         self.hidden = torch.compile(self.hidden, fullgraph=True, dynamic=False)
         self.loss_chunk = torch.compile(loss_chunk, fullgraph=True, dynamic=False)
 
@@ -165,15 +542,50 @@ class GPT(nn.Module):
         self.loss_chunk = loss_chunk
 
     def parameter_count(self):
-        """All parameters, the padded rows of the embedding included, the tied head counted once."""
+        """All parameters, the embedding's padded rows included, the tied head counted once."""
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self):
-        """Of forward and backward: 6 a weight that multiplies + 12 L C T for attention (PaLM, arXiv 2204.02311,
-        appendix B), and 6 L C for each token in the window of RA. Position embeddings only add; the tied embedding
-        multiplies as the head. MLA is counted as it trains, with its keys and values expanded."""
+        """FLOPs of forward and backward, one token.
+
+        6 a weight that multiplies + 12 L C T for attention (PaLM, arXiv 2204.02311, appendix B),
+        and 6 L C for each token in the window of RA. Position embeddings only add; the tied
+        embedding multiplies as the head. MLA is counted as it trains, expanded.
+        """
         c = self.config
-        multiplying = self.parameter_count() - self.position_embedding.weight.numel()
-        window = c.block_size if c.ra_window < 0 else min(c.ra_window + 1, c.block_size)
-        keys = 12 * c.block_size + (6 * window if is_reciprocal(c) else 0)
-        return 6 * multiplying + c.n_layer * c.n_embd * keys
+        multiplying = self.parameter_count()
+        if c.positions == 'learned':
+            multiplying -= self.position_embedding.weight.numel()
+        attended = 12 * c.block_size
+        if c.reciprocal:
+            attended += 6 * (min(c.ra_window + 1, c.block_size) if c.windowed else c.block_size)
+        return 6 * multiplying + c.n_layer * c.n_embd * attended
+
+
+# --- from a run directory -------------------------------------------------------------------------
+
+
+def load_model(run_dir, checkpoint):
+    """(GPT on the CPU, float32, in eval mode; what its checkpoint says) of a run directory.
+
+    checkpoint: 'best' or 'last'. Refused if there is none, or another version's weights in it.
+    """
+    path = os.path.join(run_dir, f'{checkpoint}.pt')
+    if not os.path.exists(path) and os.path.exists(os.path.join(run_dir, 'last.pt')):
+        raise Refused(f'{path} is not there: it is written at the first evaluation after step 0 '
+                      'that beats those before, of a pruned run from prune_end on; use '
+                      '--checkpoint=last')
+    saved = load_checkpoint(path)
+    known = {f.name for f in fields(GPTConfig)}
+    if differing := sorted(known ^ saved['model'].keys()):
+        print(f"note: {path} and this model.py do not both know {', '.join(differing)}: ignored, "
+              'or left at the default', file=sys.stderr)
+    told = {name: value for name, value in saved['model'].items() if name in known}
+    weights = unpack_weights(saved['weights'])
+    try:
+        model = GPT(GPTConfig(**told))
+        model.load_state_dict({name: weight.float() for name, weight in weights.items()})
+    except (ValueError, RuntimeError) as error:  # other shapes, or other names
+        lines = ' '.join(line.strip() for line in str(error).splitlines())
+        raise Refused(f'{path} does not fit this model.py: {lines[:300]}') from None
+    return model.eval(), saved
