@@ -1,6 +1,9 @@
-"""Historical run of 2025-09: AdamWPrune with bitter0 to 50%. Published: perplexity 51.48 after 10,000
-steps.
-A record, not a recommendation: that is best_50. Betas and weight decay are not in the published record: ours are the defaults."""
+"""Historical run of 2025-09: AdamWPrune with bitter0 to 50%. Published: perplexity 51.48 after
+10,000 steps.
+
+A record, not a recommendation: that is best_50. Betas and weight decay are not in the published
+record: ours are the defaults.
+"""
 out_dir = 'out/adamwprune_bitter0_state_50'
 dataset = 'fineweb_edu'
 dtype = 'bfloat16'

@@ -1,6 +1,9 @@
-"""Historical run of 2025-09: AdamWPrune with bitter1 to 50%. Published: perplexity 49.37 after 10,000
-steps; bitter1 is plain magnitude.
-A record, not a recommendation: that is best_50. Betas and weight decay are not in the published record: ours are the defaults."""
+"""Historical run of 2025-09: AdamWPrune with bitter1 to 50%. Published: perplexity 49.37 after
+10,000 steps; bitter1 is plain magnitude.
+
+A record, not a recommendation: that is best_50. Betas and weight decay are not in the published
+record: ours are the defaults.
+"""
 out_dir = 'out/adamwprune_bitter1_state_50'
 dataset = 'fineweb_edu'
 dtype = 'bfloat16'

@@ -1,6 +1,9 @@
-"""Historical run of 2025-09: AdamWPrune with bitter2 to 50%. Published: perplexity 45.87 after 12,100
-steps (48.30 at 10,000); bitter2 is bitter1, trained 21% longer.
-A record, not a recommendation: that is best_50. Betas and weight decay are not in the published record: ours are the defaults."""
+"""Historical run of 2025-09: AdamWPrune with bitter2 to 50%. Published: perplexity 45.87 after
+12,100 steps (48.30 at 10,000); bitter2 is bitter1, trained 21% longer.
+
+A record, not a recommendation: that is best_50. Betas and weight decay are not in the published
+record: ours are the defaults.
+"""
 out_dir = 'out/adamwprune_bitter2_state_50'
 dataset = 'fineweb_edu'
 dtype = 'bfloat16'

@@ -1,4 +1,4 @@
-"""A small GPT on the documentation that comes with Python, on any CPU in under two minutes: make quickstart."""
+"""A small GPT on the documentation that comes with Python, on any CPU in two minutes."""
 out_dir = 'out/quickstart'
 init_from = 'auto'
 dataset = 'stdlib'
@@ -15,7 +15,6 @@ min_lr = 5e-4
 warmup_iters = 100
 max_iters = 1000
 beta2 = 0.99  # few tokens a step: average over more steps
-optimizer = 'adamwprune'
 prune_score = 'bitter7'
 target_sparsity = 0.5
 prune_start = 300

@@ -1,4 +1,4 @@
-"""Reciprocal attention, a weight a head learned from 0, on FineWeb-Edu; all else is vanilla_baseline. 6.55e9 tokens."""
+"""Reciprocal attention, a weight a head learned from 0; all else is vanilla_baseline."""
 out_dir = 'out/ra_learned'
 dataset = 'fineweb_edu'
 dtype = 'bfloat16'

@@ -76,10 +76,3 @@ def peak_memory(device):
     kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     resident = kibibytes * (1 if sys.platform == 'darwin' else 1024)  # macOS counts bytes
     return dict(allocated=resident, reserved=resident)
-
-
-def ran_out(error):
-    """Whether this RuntimeError is for lack of memory; inside the compiler it arrives wrapped."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return True
-    return 'out of memory' in str(error).lower()

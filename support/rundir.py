@@ -22,7 +22,7 @@ from support.settings import Refused
 
 
 def checksum(content):
-    """SHA-256 over a tree of dicts, lists, primitives and CPU tensors: keys, types, shapes, bytes."""
+    """SHA-256 of a tree of containers, primitives and CPU tensors: keys, types, shapes, bytes."""
     digest = hashlib.sha256()
     add_to_digest(content, digest)
     return digest.hexdigest()
@@ -106,14 +106,14 @@ def pack(tensor, mask):
 
 
 def unpack(packed):
-    """The tensor of pack, to the bit, +0 where the mask pruned. ValueError if its parts disagree."""
+    """The tensor of pack, to the bit, +0 where pruned. ValueError if its parts disagree."""
     size = math.prod(packed['shape'])
     bits = packed['bits'].cpu().numpy()
     mask = np.unpackbits(bits)[:size].astype(bool)
     values = packed['values']
     if len(bits) != -(-size // 8) or mask.sum() != values.numel():
-        raise ValueError(f"packed tensor of shape {packed['shape']}: {len(bits)} bytes of mask that "
-                         f'keep {mask.sum()} weights do not fit {values.numel()} values')
+        raise ValueError(f"packed tensor of shape {packed['shape']}: {len(bits)} bytes of mask "
+                         f'that keep {mask.sum()} weights do not fit {values.numel()} values')
     out = torch.zeros(size, dtype=values.dtype)
     out[torch.from_numpy(mask)] = values
     return out.view(packed['shape'])
@@ -231,7 +231,8 @@ def open_tracker(name, out_dir, config):
                 writer.add_scalar(key, value, step)
         return write_all
     package = importlib.import_module(name)  # wandb and trackio share this interface
-    package.init(project='nanoprune', name=os.path.basename(os.path.normpath(out_dir)), config=config)
+    run_name = os.path.basename(os.path.normpath(out_dir))
+    package.init(project='nanoprune', name=run_name, config=config)
     if name == 'wandb':
         return lambda numbers, step: package.log(numbers, step=step)
     return lambda numbers, step: package.log(numbers)
@@ -254,8 +255,9 @@ def provenance():
 def git(*words):
     """What git says of the folder of this code, empty if there is no git or no repository."""
     home = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    command = ['git', '-C', home, *words]
     try:
-        done = subprocess.run(['git', '-C', home, *words], capture_output=True, text=True, timeout=10)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.SubprocessError):
         return ''
     return done.stdout.strip()

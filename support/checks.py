@@ -1,0 +1,143 @@
+"""What of the settings alone can be known to be wrong, and which of them have no effect."""
+from typing import Callable, NamedTuple
+
+from support.settings import changed
+
+AT_LEAST_1 = '''batch_size gradient_accumulation_steps block_size n_layer n_head n_embd
+    loss_chunk_tokens latent_dim max_iters prune_interval eval_interval log_interval
+    save_interval'''.split()
+AT_LEAST_0 = '''seed n_kv_head warmup_iters lr_decay_iters eval_tokens learning_rate min_lr
+    weight_decay grad_clip spam_interval spam_warmup prune_lr_power'''.split()
+
+
+def check(s, typed=()):
+    """Problems of the Settings `s`: ranges, combinations, contradictions on the command line.
+
+    typed: names of the settings that were typed there.
+    """
+    problems = []
+
+    def require(condition, keys, must):
+        if not condition:
+            told = ' '.join(f'{key}={getattr(s, key)!r}' for key in keys.split())
+            problems.append(f'{told}: {must}')
+
+    for key in AT_LEAST_1:
+        require(getattr(s, key) >= 1, key, 'must be at least 1')
+    for key in AT_LEAST_0:
+        require(getattr(s, key) >= 0, key, 'must not be negative')
+    for key in ('beta1', 'beta2', 'dropout'):
+        require(0 <= getattr(s, key) < 1, key, 'must be at least 0 and below 1')
+    for key in ('out_dir', 'dataset'):
+        require(getattr(s, key), key, 'must not be empty')
+    require(s.seed < 2**63, 'seed', 'must be below 2^63, which PyTorch takes')
+    require(s.min_lr <= s.learning_rate, 'min_lr learning_rate', 'must not be above learning_rate')
+    decay_iters = s.lr_decay_iters or s.max_iters
+    require(s.warmup_iters < decay_iters, 'warmup_iters max_iters lr_decay_iters',
+            f'the warm-up must end before the decay does ({decay_iters})')
+    require(0 < s.activation_budget <= 1, 'activation_budget', 'must be above 0 and at most 1')
+    require(s.eval_tokens == 0 or s.eval_tokens >= s.block_size, 'eval_tokens block_size',
+            'must hold at least one sequence; 0 scores the whole split')
+    check_shapes(s, require)
+    check_pruning(s, require)
+    return problems + contradictions(s, typed)
+
+
+def check_shapes(s, require):
+    """Shapes of the model that do not fit each other."""
+    if s.n_head >= 1:
+        nearest = max(1, s.n_embd // s.n_head) * s.n_head
+        require(s.n_embd % s.n_head == 0, 'n_embd n_head',
+                f'the width must be a multiple of the heads, e.g. n_embd={nearest}')
+        width = s.n_embd // s.n_head
+        unit = 4 if s.attention == 'mla' else 2  # half of a latent head is rotary
+        require(s.positions != 'rotary' or width % unit == 0, 'positions n_embd n_head',
+                f'rotary positions need a head width that {unit} divides, not {width}')
+    if s.n_kv_head > 0:
+        require(s.n_head % s.n_kv_head == 0, 'n_head n_kv_head',
+                'the heads must be a multiple of the key and value heads')
+    require(s.ra_window >= -1, 'ra_window', 'must be at least 0, or -1 for all earlier tokens')
+    window_cuts = 0 <= s.ra_window < s.block_size - 1
+    require(not (is_reciprocal(s) and s.dropout and window_cuts), 'dropout ra_window',
+            'the window has no dropout; set --dropout=0 or --ra_window=-1')
+    require(not (is_reciprocal(s) and s.n_kv_head), 'n_kv_head ra_alpha ra_learned',
+            'the reciprocal term exchanges query and key, so it needs a key for each head; '
+            'set --n_kv_head=0')
+    if s.fp8:
+        require(not s.bias, 'fp8 bias', 'the products in float8 have no bias; set one to False')
+        for key, unit in (('n_embd', 16), ('block_size', 16), ('loss_chunk_tokens', 64)):
+            require(getattr(s, key) % unit == 0, f'fp8 {key}',
+                    f'the products in float8 need a multiple of {unit}')
+
+
+def check_pruning(s, require):
+    """A ramp that does not fit into the run. The rest is found by building the Pruner."""
+    if s.prune_score == 'none':
+        return
+    start = s.max_iters * 3 // 10
+    end = s.max_iters * 19 // 20
+    require(0 <= s.prune_start < s.prune_end <= s.max_iters, 'prune_start prune_end max_iters',
+            'the ramp must start before it ends and end within the run, '
+            f'e.g. --prune_start={start} --prune_end={end}')
+
+
+def is_reciprocal(s):
+    return s.ra_learned or s.ra_alpha != 0
+
+
+# --- settings without effect ----------------------------------------------------------------------
+
+
+class Dependence(NamedTuple):
+    """These settings act only under a condition, which others decide."""
+    keys: str
+    needs: str  # as a user would write it
+    decided_by: str
+    holds: Callable
+
+
+DEPENDENCES = (
+    Dependence('latent_dim', 'attention=mla', 'attention', lambda s: s.attention == 'mla'),
+    Dependence('n_kv_head', 'attention=mha', 'attention', lambda s: s.attention == 'mha'),
+    Dependence('ra_window', 'ra_alpha or ra_learned', 'ra_alpha ra_learned', is_reciprocal),
+    Dependence('activation_budget', 'compile=True', 'compile', lambda s: s.compile),
+    Dependence('spam_mode spam_interval spam_warmup', 'optimizer=adamwspam', 'optimizer',
+               lambda s: s.optimizer == 'adamwspam'),
+    Dependence('target_sparsity prune_scope prune_allocation prune_lr_power prune_schedule '
+               'prune_start prune_end prune_interval prune_regrow prune_pattern',
+               'a prune_score', 'prune_score', lambda s: s.prune_score != 'none'),
+    Dependence('optimizer', 'a prune_score, and is adamw', 'prune_score',
+               lambda s: s.optimizer != 'adamwprune' or s.prune_score != 'none'),
+    Dependence('prune_allocation', 'a prune_score other than bitter4, which has its own',
+               'prune_score', lambda s: s.prune_score != 'bitter4'),
+    Dependence('prune_schedule prune_allocation', 'prune_pattern=unstructured', 'prune_pattern',
+               lambda s: s.prune_pattern == 'unstructured'),
+    Dependence('prune_interval', 'prune_pattern=unstructured or prune_regrow',
+               'prune_pattern prune_regrow',
+               lambda s: s.prune_pattern == 'unstructured' or s.prune_regrow >= 0),
+)
+
+
+def without_effect(s):
+    """[(name, what it needs, names that decide)] of the changed settings that act on nothing."""
+    different = changed(s)
+    found = {}
+    for dependence in DEPENDENCES:
+        if dependence.holds(s):
+            continue
+        for key in dependence.keys.split():
+            if key in different and key not in found:
+                found[key] = (key, dependence.needs, dependence.decided_by.split())
+    return list(found.values())
+
+
+def contradictions(s, typed):
+    """Problems: settings typed on the command line that others typed there deprive of effect."""
+    problems = []
+    for key, needs, deciders in without_effect(s):
+        others = [name for name in deciders if name in typed]
+        if key in typed and others:
+            told = ' '.join(f'{name}={getattr(s, name)!r}' for name in others)
+            problems.append(f'{key}={getattr(s, key)!r} {told}: acts only with {needs}; '
+                            'leave one of them out')
+    return problems

@@ -1,0 +1,95 @@
+"""Out of memory is not the end: the same step in smaller micro-batches, with the same loss."""
+import gc
+from dataclasses import replace
+
+import torch
+import torch._functorch.config
+import torch.distributed as dist
+
+from support.guards import NOTHING_COMPILED, Stop, count_graphs
+from support.settings import Refused
+
+
+def ran_out(error):
+    """Whether this RuntimeError is for lack of memory; inside the compiler it arrives wrapped."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return 'out of memory' in str(error).lower()
+
+
+def ladder(s):
+    """[(batch_size, gradient_accumulation_steps)] from as configured down to single rows.
+
+    The effective batch is the same on every rung, and with it the loss.
+    """
+    batch, micro_batches = s.batch_size, s.gradient_accumulation_steps
+    rungs = [(batch, micro_batches)]
+    while batch > 1:
+        factor = next(f for f in range(2, batch + 1) if batch % f == 0)
+        batch, micro_batches = batch // factor, micro_batches * factor
+        rungs.append((batch, micro_batches))
+    return rungs
+
+
+def settings_on_rung(s, rung):
+    """The settings in force on a rung of the ladder."""
+    batch_size, micro_batches = ladder(s)[rung]
+    return replace(s, batch_size=batch_size, gradient_accumulation_steps=micro_batches)
+
+
+def rung_label(run):
+    if run.progress.rung == 0:
+        return 'as configured'
+    return f'micro-batches of {run.active.batch_size}'
+
+
+def within_memory(run, work):
+    """work(run), one rung further down the ladder each time memory runs out."""
+    while True:
+        failure = None
+        try:
+            result = work(run)
+        except RuntimeError as error:
+            if 'found no compiled frames' in str(error):  # PyTorch with TORCH_COMPILE_DISABLE=1
+                raise Refused(NOTHING_COMPILED) from None
+            if not ran_out(error):
+                raise
+            sentences = str(error).splitlines()[0].split('. ')  # the rest is about the allocator
+            failure = '. '.join(sentences[:2]).rstrip('.')
+        if run.machine.world > 1 and run.progress.step == run.start_step:
+            # The ranks agree in the first step of a session only, because agreeing means waiting.
+            failed = torch.tensor(float(failure is not None), device=run.machine.device)
+            dist.all_reduce(failed)
+            if failed.item():
+                failure = failure or 'another rank ran out of memory'
+        if failure is None:
+            return result
+        step_down(run, failure)  # not inside `except`: the error keeps tensors of its frames alive
+
+
+def step_down(run, failure):
+    """The next rung of the ladder, or Stop."""
+    p = run.progress
+    last = len(ladder(run.settings)) - 1
+    too_late = run.machine.world > 1 and p.step > run.start_step
+    if too_late or p.rung == last:
+        raise Stop('out of memory', 1, f'step {p.step + 1}: {failure}. No further rung is left')
+    p.rung += 1
+    run.active = settings_on_rung(run.settings, p.rung)
+    run.log.say(f'OUT OF MEMORY at step {p.step + 1} ({failure}). Rung {p.rung} of {last}: '
+                f'{rung_label(run)}; the effective batch stays the same')
+    set_up_model(run)
+
+
+def set_up_model(run):
+    """Give memory back and compile the model anew, if it is to be compiled."""
+    torch._dynamo.reset()
+    gc.collect()
+    if run.machine.device.type == 'cuda':
+        torch.cuda.empty_cache()
+    run.model.uncompile_parts()
+    if run.settings.compile:
+        torch._functorch.config.activation_memory_budget = run.settings.activation_budget
+        run.model.compile_parts()
+    run.graphs = (0, 0)
+    run.graphs_before = count_graphs()
