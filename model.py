@@ -76,20 +76,22 @@ class GPTConfig:
     def check(self):
         """ValueError for shapes that do not fit each other."""
         R = self.rotary_width
-        content = self.head_width - R
-        if self.n_embd % self.n_head:
-            raise ValueError(f'n_embd={self.n_embd} n_head={self.n_head}: the width must be a '
-                             'multiple of the heads')
-        if self.n_kv_head and self.n_head % self.n_kv_head:
-            raise ValueError(f'n_head={self.n_head} n_kv_head={self.n_kv_head}: the heads must be '
-                             'a multiple of the key heads')
-        if self.n_kv_head and self.reciprocal:
-            raise ValueError(f'n_kv_head={self.n_kv_head}: the reciprocal term exchanges query and '
-                             'key, so it needs a key for each head; set n_kv_head=0')
-        if R < 0 or R % 2 or content < (self.attention == 'mla'):
-            raise ValueError(f'positions={self.positions!r} latent_rotary={self.latent_rotary}: '
-                             f'{R} rotary numbers in a head of {self.head_width}; they must be '
-                             'even, and in latent attention fewer than the head has')
+        even = R >= 0 and R % 2 == 0
+        one_to_one = self.n_kv_head in (0, self.n_head)
+        for keys, holds, must in (
+            ('attention', self.attention in ATTENTIONS, f"is not one of {', '.join(ATTENTIONS)}"),
+            ('positions', self.positions in POSITIONS, f"is not one of {', '.join(POSITIONS)}"),
+            ('n_embd n_head', self.n_embd % self.n_head == 0, 'heads must divide the width'),
+            ('n_head n_kv_head', self.n_kv_head == 0 or self.n_head % self.n_kv_head == 0,
+             'key heads must divide the heads'),
+            ('n_kv_head ra_alpha ra_learned', one_to_one or not self.reciprocal,
+             'the reciprocal term needs a key for each head; set n_kv_head=0'),
+            ('positions latent_rotary', even and R <= self.head_width,
+             f'{R} numbers cannot be rotary in a head of {self.head_width}'),
+        ):
+            if not holds:
+                told = ' '.join(f'{key}={getattr(self, key)!r}' for key in keys.split())
+                raise ValueError(f'{told}: {must}')
 
 
 def model_config(settings, vocab_size):
@@ -110,30 +112,18 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight, bias)
 
 
-class LayerNorm(nn.Module):
-    """LayerNorm computed in its own (float32) precision, with an optional bias."""
-
-    def __init__(self, width, bias):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.bias = nn.Parameter(torch.zeros(width)) if bias else None
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm computed in its own (float32) precision."""
 
     def forward(self, x):
-        exact = x.to(self.weight.dtype)
-        y = F.layer_norm(exact, self.weight.shape, self.weight, self.bias, 1e-5)
-        return y.to(x.dtype)
+        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(nn.RMSNorm):
     """x / root mean square, times a gain (arXiv 1910.07467), in the gain's (float32) precision."""
 
-    def __init__(self, width):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-
     def forward(self, x):
-        exact = x.to(self.weight.dtype)
-        return F.rms_norm(exact, self.weight.shape, self.weight, 1e-5).to(x.dtype)
+        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
 
 
 def gelu(x):
@@ -184,43 +174,37 @@ def rotary_angles(positions, R, dtype):
 
 
 def rotated(x, cos, sin):
-    """Rotary embedding (arXiv 2104.09864) of x (B, T, heads, R), computed in the angles' type."""
-    first, second = x.to(cos.dtype).chunk(2, -1)
-    turned = torch.cat([first * cos - second * sin, first * sin + second * cos], -1)
-    return turned.to(x.dtype)
+    """x (B, T, heads, D), its last R numbers turned by rotary embedding (arXiv 2104.09864)."""
+    half = cos.size(-1)
+    fixed, first, second = x.split([x.size(-1) - 2 * half, half, half], -1)
+    first = first.to(cos.dtype)
+    second = second.to(cos.dtype)
+    turned_first = (first * cos - second * sin).to(x.dtype)
+    turned_second = (first * sin + second * cos).to(x.dtype)
+    return torch.cat([fixed, turned_first, turned_second], -1)
 
 
-class Cache:
-    """What one layer has read of B texts: tensors (B, heads, S, width), by name.
+class Cache(NamedTuple):
+    """What one layer has read of B texts, S places each. No gradients flow through it.
 
-    A place holds what was put there last. Nothing says how far a text goes but the positions of
-    its tokens, which see their own place and those before it. No gradients flow through it.
+    A place holds what was put there last. Nothing says how long a text is but the positions of its
+    tokens, which see their own place and those before it.
     """
+    keys: torch.Tensor  # (B, heads, S, width)
+    values: torch.Tensor
 
-    def __init__(self, **held):
-        self.held = held
-
-    def extend(self, name, new, positions):
-        """Put new (B, heads, T, width) at positions (B, T), None: 0 ... T - 1; returns all S."""
-        held = self.held[name]
-        if positions is None:
-            held[:, :, :new.size(2)] = new
-        else:
-            row = torch.arange(len(positions), device=positions.device)[:, None]
-            held[row, :, positions] = new.transpose(1, 2)
-        return held
+    def extend(self, keys, values, positions):
+        """Put new ones (B, heads, T, width) at positions (B, T); None: at 0 ... T - 1."""
+        for held, new in zip(self, (keys, values)):
+            if positions is None:
+                held[:, :, :new.size(2)] = new
+            else:
+                row = torch.arange(len(positions), device=positions.device)[:, None]
+                held[row, :, positions] = new.transpose(1, 2)
 
     def part(self, rows=slice(None), places=slice(None)):
         """A view of some rows and places."""
-        return Cache(**{name: t[rows, :, places] for name, t in self.held.items()})
-
-    @property
-    def places(self):
-        return next(iter(self.held.values())).size(2)
-
-    @property
-    def nbytes(self):
-        return sum(tensor.nbytes for tensor in self.held.values())
+        return Cache(*(held[rows, :, places] for held in self))
 
 
 # --- attention ------------------------------------------------------------------------------------
@@ -242,17 +226,16 @@ def attend(q, k, v, alpha, window, dropout):
                                           enable_gqa=grouped)
 
 
-def attend_to_cache(q, keys, values, visible, scale=None):
-    """Attention of q (B, H, T, D) to the visible places of (B, K, S, D) -> (B, H, T, D).
+def attend_to_cache(q, cache, visible, scale=None):
+    """Attention of q (B, H, T, width) to the visible places of K heads -> (B, H, T, width).
 
     Heads that share a key head become more queries of it: nothing is copied for them.
     """
     B, H, T, _ = q.shape
-    K = keys.size(1)
-    shared = H // K
-    q = q.reshape(B, K, shared * T, -1)
-    visible = visible.repeat(1, 1, shared, 1)  # (B, 1, shared T, S)
-    y = F.scaled_dot_product_attention(q, keys, values, visible, scale=scale)
+    K = cache.keys.size(1)
+    q = q.reshape(B, K, H // K * T, -1)
+    visible = visible.repeat(1, 1, H // K, 1)  # (B, 1, H / K T, S)
+    y = F.scaled_dot_product_attention(q, cache.keys, cache.values, visible, scale=scale)
     return y.reshape(B, H, T, -1)
 
 
@@ -274,8 +257,8 @@ class Attention(nn.Module):
     def new_cache(self, rows, places):
         _, K, _ = self.heads
         D = self.qkv.out_features // sum(self.heads)
-        new_zeros = self.qkv.weight.new_zeros
-        return Cache(keys=new_zeros(rows, K, places, D), values=new_zeros(rows, K, places, D))
+        zeros = self.qkv.weight.new_zeros
+        return Cache(zeros(rows, K, places, D), zeros(rows, K, places, D))
 
     def forward(self, x, places, cache=None):
         B, T, C = x.shape
@@ -288,13 +271,12 @@ class Attention(nn.Module):
         k = k.transpose(1, 2)
         v = v.transpose(1, 2)
         if cache is not None:
-            keys = cache.extend('keys', k, places.positions)
-            values = cache.extend('values', v, places.positions)
+            cache.extend(k, v, places.positions)
         if places.visible is None:
             dropout = self.dropout if self.training else 0.0
             y = attend(q, k, v, self.alpha, self.window, dropout)
         else:
-            y = attend_to_cache(q, keys, values, places.visible)
+            y = attend_to_cache(q, cache, places.visible)
         y = self.proj(y.transpose(1, 2).reshape(B, T, C))
         return F.dropout(y, self.dropout, self.training)
 
@@ -316,7 +298,6 @@ class LatentAttention(nn.Module):
         L = config.latent_dim
         R = config.rotary_width
         self.n_head = config.n_head
-        self.head_width = D
         self.rotary = R
         self.widths = [C, L, R, L]  # of queries, key latents, rotary keys, value latents
         self.dropout = config.dropout
@@ -324,62 +305,60 @@ class LatentAttention(nn.Module):
         self.down = Linear(C, sum(self.widths), bias=config.bias)  # one product is faster than four
         self.key_up = Linear(L, config.n_head * (D - R), bias=False)  # A
         self.value_up = Linear(L, config.n_head * D, bias=False)  # U
-        self.key_norm = RMSNorm(L)
-        self.value_norm = RMSNorm(L)
+        self.key_norm = RMSNorm(L, eps=1e-5)
+        self.value_norm = RMSNorm(L, eps=1e-5)
         self.proj = Linear(C, C, bias=config.bias)
         self.alpha = initial_alpha(config)
 
     def new_cache(self, rows, places):
         _, L, R, _ = self.widths
-        new_zeros = self.down.weight.new_zeros
-        return Cache(keys=new_zeros(rows, 1, places, L + R), values=new_zeros(rows, 1, places, L))
+        zeros = self.down.weight.new_zeros
+        return Cache(zeros(rows, 1, places, L + R), zeros(rows, 1, places, L))
 
-    def parts(self, projected, cos, sin):
-        """projected (B, T, C + L + R + L) -> q (B, T, H, D), c^K (B, T, L), rotary keys (B, T, R),
-        c^V (B, T, L); normalised and rotated."""
-        B, T, _ = projected.shape
-        q, key_latent, rotary_key, value_latent = projected.split(self.widths, -1)
-        q = q.view(B, T, self.n_head, self.head_width)
+    def latents(self, projected, cos, sin):
+        """projected (B, T, C + L + R + L) -> q (B, T, H, D), and as the cache holds them, of one
+        head: keys (B, T, 1, L + R), c^K and the rotary part, and values c^V (B, T, 1, L)."""
+        q, key, rotary_key, value = projected.split(self.widths, -1)
+        q = q.unflatten(-1, (self.n_head, -1))
+        key = self.key_norm(key)[:, :, None]
+        value = self.value_norm(value)[:, :, None]
         if self.rotary:
-            content, turning = q.split([self.head_width - self.rotary, self.rotary], -1)
-            q = torch.cat([content, rotated(turning, cos, sin)], -1)
-            rotary_key = rotated(rotary_key[:, :, None], cos, sin)[:, :, 0]
-        return q, self.key_norm(key_latent), rotary_key, self.value_norm(value_latent)
+            q = rotated(q, cos, sin)
+            key = rotated(torch.cat([key, rotary_key[:, :, None]], -1), cos, sin)
+        return q, key, value
 
     def expanded(self, projected, cos, sin):
-        """Queries, keys and values for attention of a whole text, each (B, H, T, D)."""
-        q, key_latent, rotary_key, value_latent = self.parts(projected, cos, sin)
-        B, T, H, D = q.shape
-        keys = self.key_up(key_latent).view(B, T, H, D - self.rotary)
+        """Queries, keys and values of all heads, each (B, H, T, D)."""
+        q, key, value = self.latents(projected, cos, sin)
+        latent, rotary_key = key.split([key.size(-1) - self.rotary, self.rotary], -1)
+        keys = self.key_up(latent).view(*q.shape[:3], -1)
+        values = self.value_up(value).view(q.shape)
         if self.rotary:
-            keys = torch.cat([keys, rotary_key[:, :, None].expand(-1, -1, H, -1)], -1)
-        values = self.value_up(value_latent).view(B, T, H, D)
+            keys = torch.cat([keys, rotary_key.expand(*q.shape[:3], -1)], -1)
         return q.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2)
 
     def absorbed(self, q):
         """Queries (B, T, H, D) -> (B, H, T, L + R), which multiply keys as they are cached."""
-        content, turning = q.split([self.head_width - self.rotary, self.rotary], -1)
-        A = self.key_up.weight.view(self.n_head, self.head_width - self.rotary, -1)
+        content, turned = q.split([q.size(-1) - self.rotary, self.rotary], -1)
+        A = self.key_up.weight.unflatten(0, (self.n_head, -1))  # (H, D - R, L)
         latent = torch.einsum('bthd,hdl->bhtl', content, A)
-        return torch.cat([latent, turning.transpose(1, 2)], -1)
+        return torch.cat([latent, turned.transpose(1, 2)], -1)
 
     def forward(self, x, places, cache=None):
         B, T, C = x.shape
         projected = self.down(x)
         if cache is not None:
-            q, key_latent, rotary_key, value_latent = self.parts(projected, places.cos, places.sin)
-            key = torch.cat([key_latent, rotary_key], -1)[:, None]  # (B, 1, T, L + R)
-            keys = cache.extend('keys', key, places.positions)
-            values = cache.extend('values', value_latent[:, None], places.positions)
+            q, key, value = self.latents(projected, places.cos, places.sin)
+            cache.extend(key.transpose(1, 2), value.transpose(1, 2), places.positions)
         if places.visible is None:
-            # Expanding again in the backward is cheap; keeping would cost more than the latents.
+            # Expanding again in the backward is cheap; what it makes is larger than the latents.
             q, k, v = recomputed(self.expanded, projected, places.cos, places.sin)
             dropout = self.dropout if self.training else 0.0
             y = attend(q, k, v, self.alpha, self.window, dropout)
         else:
-            scale = self.head_width ** -0.5
-            y = attend_to_cache(self.absorbed(q), keys, values, places.visible, scale)
-            U = self.value_up.weight.view(self.n_head, self.head_width, -1)
+            scale = q.size(-1) ** -0.5
+            y = attend_to_cache(self.absorbed(q), cache, places.visible, scale)
+            U = self.value_up.weight.unflatten(0, (self.n_head, -1))  # (H, D, L)
             y = torch.einsum('bhtl,hdl->bhtd', y, U)
         y = self.proj(y.transpose(1, 2).reshape(B, T, C))
         return F.dropout(y, self.dropout, self.training)
@@ -415,9 +394,9 @@ def attention_backend(config, batch_size, device, dtype):
 class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.norm_1 = LayerNorm(config.n_embd, config.bias)
+        self.norm_1 = LayerNorm(config.n_embd, bias=config.bias)
         self.attention = ATTENTIONS[config.attention](config)
-        self.norm_2 = LayerNorm(config.n_embd, config.bias)
+        self.norm_2 = LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
     def forward(self, x, places, cache=None):  # (B, T, C)
@@ -437,7 +416,7 @@ class GPT(nn.Module):
         if config.positions == 'learned':
             self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.norm = LayerNorm(config.n_embd, config.bias)
+        self.norm = LayerNorm(config.n_embd, bias=config.bias)
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 nn.init.normal_(p, std=self.initial_std(name))
@@ -462,7 +441,7 @@ class GPT(nn.Module):
             exact = torch.promote_types(self.token_embedding.weight.dtype, torch.float32)
             cos, sin = rotary_angles(index, self.config.rotary_width, exact)
         if positions is not None:
-            place = torch.arange(cache[0].places, device=idx.device)
+            place = torch.arange(cache[0].keys.size(2), device=idx.device)
             visible = place <= positions[:, None, :, None]
         return Places(positions, cos, sin, visible)
 
