@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from kernels import float8
 from kernels.loss import ChunkedCrossEntropy, chunked_loss, fastest_chunk, loss_chunk
 from kernels.reciprocal import block_masks, flex_runs, reciprocal_attention, recomputed
+from support.decoding import Cache
 from support.rundir import load_checkpoint, unpack_weights
 from support.settings import Refused
 
@@ -74,24 +75,17 @@ class GPTConfig:
         return self.reciprocal and 0 <= self.ra_window < self.block_size - 1
 
     def check(self):
-        """ValueError for shapes that do not fit each other."""
-        R = self.rotary_width
-        even = R >= 0 and R % 2 == 0
-        one_to_one = self.n_kv_head in (0, self.n_head)
-        for keys, holds, must in (
-            ('attention', self.attention in ATTENTIONS, f"is not one of {', '.join(ATTENTIONS)}"),
-            ('positions', self.positions in POSITIONS, f"is not one of {', '.join(POSITIONS)}"),
-            ('n_embd n_head', self.n_embd % self.n_head == 0, 'heads must divide the width'),
-            ('n_head n_kv_head', self.n_kv_head == 0 or self.n_head % self.n_kv_head == 0,
-             'key heads must divide the heads'),
-            ('n_kv_head ra_alpha ra_learned', one_to_one or not self.reciprocal,
-             'the reciprocal term needs a key for each head; set n_kv_head=0'),
-            ('positions latent_rotary', even and R <= self.head_width,
-             f'{R} numbers cannot be rotary in a head of {self.head_width}'),
-        ):
-            if not holds:
-                told = ' '.join(f'{key}={getattr(self, key)!r}' for key in keys.split())
-                raise ValueError(f'{told}: {must}')
+        """ValueError for what would be another model than asked for, or fail with riddles."""
+        for name, choices in (('attention', ATTENTIONS), ('positions', POSITIONS)):
+            value = getattr(self, name)
+            if value not in choices:
+                raise ValueError(f"{name}={value!r} is not one of {', '.join(choices)}")
+        if self.n_embd % self.n_head or self.n_head % (self.n_kv_head or self.n_head):
+            raise ValueError(f'n_embd={self.n_embd} n_head={self.n_head} n_kv_head='
+                             f'{self.n_kv_head}: each must be a multiple of the next')
+        if self.rotary_width < 0 or self.rotary_width % 2:
+            raise ValueError(f'positions={self.positions!r} latent_rotary={self.latent_rotary}: '
+                             f'{self.rotary_width} rotary numbers a head, which must be even')
 
 
 def model_config(settings, vocab_size):
@@ -154,7 +148,7 @@ class MLP(nn.Module):
         return F.dropout(y, self.dropout, self.training)
 
 
-# --- positions and the cache ----------------------------------------------------------------------
+# --- positions ------------------------------------------------------------------------------------
 
 
 class Places(NamedTuple):
@@ -182,29 +176,6 @@ def rotated(x, cos, sin):
     turned_first = (first * cos - second * sin).to(x.dtype)
     turned_second = (first * sin + second * cos).to(x.dtype)
     return torch.cat([fixed, turned_first, turned_second], -1)
-
-
-class Cache(NamedTuple):
-    """What one layer has read of B texts, S places each. No gradients flow through it.
-
-    A place holds what was put there last. Nothing says how long a text is but the positions of its
-    tokens, which see their own place and those before it.
-    """
-    keys: torch.Tensor  # (B, heads, S, width)
-    values: torch.Tensor
-
-    def extend(self, keys, values, positions):
-        """Put new ones (B, heads, T, width) at positions (B, T); None: at 0 ... T - 1."""
-        for held, new in zip(self, (keys, values)):
-            if positions is None:
-                held[:, :, :new.size(2)] = new
-            else:
-                row = torch.arange(len(positions), device=positions.device)[:, None]
-                held[row, :, positions] = new.transpose(1, 2)
-
-    def part(self, rows=slice(None), places=slice(None)):
-        """A view of some rows and places."""
-        return Cache(*(held[rows, :, places] for held in self))
 
 
 # --- attention ------------------------------------------------------------------------------------
@@ -244,25 +215,23 @@ class Attention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        D = config.head_width
         key_heads = config.n_kv_head or config.n_head
         self.heads = [config.n_head, key_heads, key_heads]  # of q, k and v
+        self.head_width = config.head_width
         self.rotary = config.rotary_width > 0
         self.dropout = config.dropout
         self.window = config.ra_window
-        self.qkv = Linear(config.n_embd, sum(self.heads) * D, bias=config.bias)
+        self.qkv = Linear(config.n_embd, sum(self.heads) * self.head_width, bias=config.bias)
         self.proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.alpha = initial_alpha(config)
 
     def new_cache(self, rows, places):
-        _, K, _ = self.heads
-        D = self.qkv.out_features // sum(self.heads)
-        zeros = self.qkv.weight.new_zeros
-        return Cache(zeros(rows, K, places, D), zeros(rows, K, places, D))
+        shape = (rows, self.heads[1], places, self.head_width)
+        return Cache(self.qkv.weight.new_zeros(shape), self.qkv.weight.new_zeros(shape))
 
     def forward(self, x, places, cache=None):
         B, T, C = x.shape
-        heads = self.qkv(x).view(B, T, sum(self.heads), -1)
+        heads = self.qkv(x).view(B, T, -1, self.head_width)
         q, k, v = heads.split(self.heads, 2)  # (B, T, H, D), (B, T, K, D) twice
         if self.rotary:
             q = rotated(q, places.cos, places.sin)
@@ -376,9 +345,7 @@ def attention_backend(config, batch_size, device, dtype):
         device_type = torch.device(device).type
         return 'flex' if flex_runs(device_type, dtype, config.head_width) else 'math'
     H = config.n_head
-    K = H
-    if config.attention == 'mha':
-        K = config.n_kv_head or H
+    K = config.n_kv_head if config.attention == 'mha' and config.n_kv_head else H
     D = config.head_width * (2 if config.reciprocal else 1)
     shape = (batch_size, config.block_size, H + 2 * K, D)
     heads = torch.empty(shape, device=device, dtype=dtype, requires_grad=True)
