@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 import torch._functorch.config
 import torch.nn as nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from kernels import float8
@@ -153,18 +154,28 @@ class MLP(nn.Module):
 
 class Places(NamedTuple):
     """Where the tokens of a forward pass stand, the same for all layers."""
-    positions: torch.Tensor | None  # (B, T) int64; None: 0 ... T - 1 in each row
-    cos: torch.Tensor | None  # (B or 1, T, 1, R / 2) of the rotary angles; None: nothing turns
-    sin: torch.Tensor | None
-    visible: torch.Tensor | None  # (B, 1, T, S) bool, places of a cache; None: causal
+    positions: Tensor | None  # (B, T) int64; None: 0 ... T - 1 in each row
+    cos: Tensor | None  # (B or 1, T, 1, R / 2) of the rotary angles; None: nothing turns
+    sin: Tensor | None
+    visible: Tensor | None  # (B, 1, T, S) bool, places of a cache; None: causal
 
 
-def rotary_angles(positions, R, dtype):
+# An operation of its own: the compiler would move the cosines into the kernels that use them, which
+# would compute them anew for each number of each head.
+@torch.library.custom_op('nanoprune::rotary_angles', mutates_args=())
+def rotary_angles(positions: Tensor, R: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin, each (B, T, 1, R / 2), for `rotated` at positions (B, T)."""
     half = R // 2
     frequency = 10_000.0 ** (-torch.arange(half, device=positions.device, dtype=dtype) / half)
     angle = positions[:, :, None, None] * frequency
     return angle.cos(), angle.sin()
+
+
+@rotary_angles.register_fake
+def _(positions, R, dtype):
+    B, T = positions.shape
+    cos = positions.new_empty(B, T, 1, R // 2, dtype=dtype)
+    return cos, torch.empty_like(cos)
 
 
 def rotated(x, cos, sin):
