@@ -1,284 +1,219 @@
-"""What is asked for: config files, command line, and every wrong input with the exact line that answers it."""
-import dataclasses
-import json
-import shutil
-from types import SimpleNamespace
+"""support/settings.py: config files and command line, and every wrong input with its answer."""
+import sys
+from dataclasses import dataclass
+from typing import Literal
 
-import numpy as np
 import pytest
-import torch
-from conftest import refusal, train
 
-import preflight
-from settings import Settings, check, help_text, parse
-from shards import open_data
+from support.settings import Refused, changed, help_text, parse, run_command
+
+
+@dataclass
+class Settings:
+    # --- run ----------------------------------------------------------------------------
+    out_dir: str = 'out'  # where it writes
+    init_from: Literal['scratch', 'resume', 'hf:PATH'] = 'scratch'  # first weights
+    # hf: those of a folder
+    seed: int = 1  # decides everything
+    compile: bool = True  # torch.compile
+    # --- size ---------------------------------------------------------------------------
+    batch_size: int = 32  # sequences
+    n_layer: int = 12  # blocks
+    learning_rate: float = 6e-4  # peak
+    optimizer: Literal['adamw', 'adamwspam', 'adamwprune'] = 'adamw'  # which
 
 
 def parsed(*argv):
     """(Settings, problems) of a command line."""
-    return parse(Settings, [str(a) for a in argv])
+    settings, problems, _ = parse(Settings, [str(word) for word in argv])
+    return settings, problems
 
 
-# --- accepted ----------------------------------------------------------------------------------------
+# --- accepted -------------------------------------------------------------------------------------
 
 
 def test_later_wins_among_config_files_and_command_line(tmp_path):
     first, second = tmp_path / 'first.py', tmp_path / 'second.py'
-    first.write_text('batch_size = 1\nseed = 1\nn_layer = 1\n')
-    second.write_text('seed = 2\nn_layer = 2\n')
-    s, problems = parsed('--batch_size=9', first, second, '--n_layer=3')
-    assert not problems and (s.batch_size, s.seed, s.n_layer) == (1, 2, 3)
+    first.write_text('batch_size = 1\nseed = 2\nn_layer = 3\n')
+    second.write_text('seed = 4\nn_layer = 5\n')
+    s, problems = parsed('--batch_size=9', first, second, '--n_layer=6')
+    assert problems == []
+    assert (s.batch_size, s.seed, s.n_layer) == (1, 4, 6)
 
 
-def test_config_file_may_import_compute_and_keep_private_names(tmp_path):
-    config = tmp_path / 'c.py'
-    config.write_text('import math\n_width = 64\nn_embd = 2 * _width\nlearning_rate = math.sqrt(1e-6)\nmax_iters = 10 ** 4\n')
-    s, problems = parsed(config)
-    assert not problems and (s.n_embd, s.learning_rate, s.max_iters) == (128, 1e-3, 10_000)
+def test_names_that_were_typed_are_those_of_the_command_line(tmp_path):
+    (tmp_path / 'c.py').write_text('batch_size = 1\n')
+    _, _, typed = parse(Settings, [f'{tmp_path}/c.py', '--seed=3', '--n_layer=12'])
+    assert typed == {'seed', 'n_layer'}
+
+
+def test_config_file_may_import_compute_and_keep_names_of_its_own(tmp_path):
+    (tmp_path / 'c.py').write_text('import math\nfrom pathlib import Path\n_layers = 6\n'
+                                   'def twice(n):\n    return 2 * n\n'
+                                   'class Size:\n    pass\n'
+                                   'n_layer = twice(_layers)\nlearning_rate = math.sqrt(1e-6)\n'
+                                   'out_dir = str(Path("a") / "b")\nseed = 10 ** 4\n')
+    s, problems = parsed(tmp_path / 'c.py')
+    assert problems == []
+    assert (s.n_layer, s.learning_rate, s.out_dir, s.seed) == (12, 1e-3, 'a/b', 10_000)
+
+
+def test_functions_that_a_config_file_imports_are_its_own_business(tmp_path):
+    (tmp_path / 'c.py').write_text('from math import sqrt\nlearning_rate = sqrt(1e-6)\n')
+    s, problems = parsed(tmp_path / 'c.py')
+    assert problems == [] and s.learning_rate == 1e-3
+
+
+def test_config_file_with_a_byte_order_mark_is_read(tmp_path):
+    (tmp_path / 'c.py').write_bytes(b'\xef\xbb\xbfseed = 5\n')
+    s, problems = parsed(tmp_path / 'c.py')
+    assert problems == [] and s.seed == 5
 
 
 def test_values_arrive_as_the_type_of_the_setting():
-    s, problems = parsed('--learning_rate=3e-4', '--max_iters=50_000', '--compile=False', '--bias=True', '--out_dir=a=b', '--eps=1')
-    assert not problems
-    assert (s.learning_rate, s.max_iters, s.compile, s.bias, s.out_dir, s.eps) == (3e-4, 50_000, False, True, 'a=b', 1.0)
-    assert isinstance(s.eps, float)
+    s, problems = parsed('--learning_rate=1', '--seed=50_000', '--compile=False',
+                         '--out_dir=a=b', '--optimizer=adamwspam', '--init_from=hf:gpt2')
+    assert problems == []
+    assert isinstance(s.learning_rate, float) and s.learning_rate == 1.0
+    assert (s.seed, s.compile, s.out_dir) == (50_000, False, 'a=b')
+    assert (s.optimizer, s.init_from) == ('adamwspam', 'hf:gpt2')
 
 
-def test_configs_of_the_repository_are_valid():
-    for config in ('quickstart', 'vanilla_baseline'):
-        s, problems = parsed(f'{train.__file__[:-len("train.py")]}config/{config}.py')
-        assert problems + check(s) == []
+def test_changed_settings_are_those_that_differ_from_their_defaults():
+    s, _ = parsed('--seed=1', '--n_layer=2', '--compile=False')
+    assert changed(s) == {'n_layer': 2, 'compile': False}
 
 
-def test_help_lists_every_setting_with_default_and_comment(capsys):
-    assert train.main(['--help']) == 0
-    text = capsys.readouterr().out
-    assert 'python train.py config/' in text
-    lines = text.splitlines()
-    for f in dataclasses.fields(Settings):
-        at = next(i for i, line in enumerate(lines) if line.split()[:1] == [f'--{f.name}={f.default!r}'])
-        assert lines[at + 1].strip(), f.name
-    assert '        sequences a micro-batch' in lines
-    assert help_text(Settings, 'usage').startswith('usage')
+def test_help_lists_every_setting_with_type_default_and_comment():
+    lines = help_text(Settings, 'usage of it').splitlines()
+    assert lines[0] == 'usage of it'
+    for heading in ('run:', 'size:'):
+        assert heading in lines
+    at = lines.index('size:')
+    assert lines[at + 1].split() == ['--batch_size=32', 'int']
+    assert lines[at + 2] == '        sequences'
+    at = next(i for i, line in enumerate(lines) if '--init_from' in line)
+    name, kind = lines[at].split(maxsplit=1)
+    assert (name, kind) == ("--init_from='scratch'", 'scratch | resume | hf:PATH')
+    assert lines[at + 1:at + 3] == ['        first weights', '        hf: those of a folder']
+    for name in Settings.__dataclass_fields__:
+        assert any(line.startswith(f'  --{name}=') for line in lines), name
 
 
-# --- refused: one wrong thing ------------------------------------------------------------------------
+# --- refused: the command line --------------------------------------------------------------------
 
 ARGUMENTS = {
-    'misspelt': ('--learing_rate=1', "command line: unknown setting 'learing_rate' (value '1'); did you mean 'learning_rate'?"),
-    'dashes': ('--max-iters=5', "command line: unknown setting 'max-iters' (value '5'); did you mean 'max_iters'?"),
-    'unknown': ('--x=a=b', "command line: unknown setting 'x' (value 'a=b'); --help lists all settings"),
-    'no value': ('--x', "command line: '--x' has no value; write --x=VALUE"),
-    'two equals signs': ('--batch_size=1=2', "command line: batch_size='1=2' is not an int"),
-    'int': ('--batch_size=1.5', "command line: batch_size='1.5' is not an int"),
-    'int, exponent': ('--max_iters=1e3', "command line: max_iters='1e3' is not an int"),
-    'int, empty': ('--seed=', "command line: seed='' is not an int"),
-    'float': ('--learning_rate=fast', "command line: learning_rate='fast' is not a finite float"),
-    'float, nan': ('--learning_rate=nan', "command line: learning_rate='nan' is not a finite float"),
-    'bool': ('--compile=1', "command line: compile='1' is not a bool: write True or False"),
-    'bool, no': ('--bias=no', "command line: bias='no' is not a bool: write True or False"),
-    'choice': ('--optimizer=adam', "command line: optimizer='adam' is not one of adamw, adamwspam, adamwprune; did you mean 'adamw'?"),
-    'choice, far': ('--dtype=int8', "command line: dtype='int8' is not one of auto, float32, bfloat16"),
-    'stray word': ('fast', "command line: 'fast' is not of the form config/FILE.py or --key=value"),
+    'misspelt': ('--learing_rate=1', "unknown setting 'learing_rate' (value '1'); did you mean "
+                                     "'learning_rate'?"),
+    'dashes': ('--batch-size=5', "unknown setting 'batch-size' (value '5'); did you mean "
+                                 "'batch_size'?"),
+    'unknown': ('--x=a=b', "unknown setting 'x' (value 'a=b'); --help lists them all"),
+    'no value': ('--x', "'--x' has no value; write --x=VALUE"),
+    'two equals signs': ('--batch_size=1=2', "batch_size='1=2' is not an int"),
+    'int': ('--batch_size=1.5', "batch_size='1.5' is not an int"),
+    'int, exponent': ('--seed=1e3', "seed='1e3' is not an int"),
+    'int, empty': ('--seed=', "seed='' is not an int"),
+    'float': ('--learning_rate=fast', "learning_rate='fast' is not a finite float"),
+    'float, nan': ('--learning_rate=nan', "learning_rate='nan' is not a finite float"),
+    'float, inf': ('--learning_rate=inf', "learning_rate='inf' is not a finite float"),
+    'bool': ('--compile=1', "compile='1' is not a bool: write True or False"),
+    'bool, no': ('--compile=no', "compile='no' is not a bool: write True or False"),
+    'choice': ('--optimizer=adam', "optimizer='adam' is not one of adamw, adamwspam, adamwprune; "
+                                   "did you mean 'adamw'?"),
+    'choice, far': ('--optimizer=x', "optimizer='x' is not one of adamw, adamwspam, adamwprune"),
+    'choice with a path': ('--init_from=hf:', "init_from='hf:' is not one of scratch, resume, "
+                                              'hf:PATH'),
+    'the placeholder': ('--init_from=hf:PATH', "init_from='hf:PATH' is not one of scratch, resume, "
+                                               "hf:PATH"),
+    'stray word': ('fast', "'fast' is not of the form config/FILE.py or --key=value"),
 }
 
 
 @pytest.mark.parametrize('argument, message', ARGUMENTS.values(), ids=ARGUMENTS)
-def test_wrong_argument(tiny, tmp_path, argument, message):
-    assert refusal(train.main, tiny() + [argument]) == [message]
-    assert not (tmp_path / 'run').exists()
+def test_wrong_argument(argument, message):
+    s, problems = parsed('--n_layer=7', argument)
+    assert len(problems) == 1 and problems[0].startswith(f'command line: {message}')
+    assert changed(s) == {'n_layer': 7}
 
 
-def test_value_as_a_second_word(tiny):
-    assert refusal(train.main, tiny() + ['--batch_size', '16']) == [
+def test_value_as_a_second_word():
+    assert parsed('--batch_size', '16')[1] == [
         "command line: '--batch_size' has no value; write --batch_size=VALUE",
         "command line: '16' is not of the form config/FILE.py or --key=value"]
 
 
+def test_tools_that_take_no_config_files_say_so():
+    _, problems, _ = parse(Settings, ['config/x.py'], config_files=False)
+    assert problems == ["command line: 'config/x.py' is not of the form --key=value"]
+
+
+# --- refused: config files ------------------------------------------------------------------------
+
 CONFIGS = {
-    'misspelt': ('btach_size = 4\n', "{path}: unknown setting 'btach_size' (value 4); did you mean 'batch_size'?"),
-    'int': ('batch_size = 4.0\n', '{path}: batch_size=4.0 is not an int'),
-    'int, bool': ('batch_size = True\n', '{path}: batch_size=True is not an int'),
-    'float': ("learning_rate = 'fast'\n", "{path}: learning_rate='fast' is not a finite float"),
-    'float, bool': ('learning_rate = True\n', '{path}: learning_rate=True is not a finite float'),
-    'bool': ('compile = 0\n', '{path}: compile=0 is not a bool: write True or False'),
-    'text': ('out_dir = None\n', '{path}: out_dir=None is not a str'),
-    'choice': ("oom = 'fall back'\n", "{path}: oom='fall back' is not one of fallback, fail; did you mean 'fallback'?"),
-    'syntax': ('seed = 1\nbatch_size = = 4\n', "config file '{path}' line 2: invalid syntax"),
-    'exception': ('batch_size = 1 / 0\n', "config file '{path}': ZeroDivisionError: division by zero"),
+    'misspelt': ('btach_size = 4', "{path}: unknown setting 'btach_size' (value 4); did you mean "
+                                   "'batch_size'?"),
+    'int': ('batch_size = 4.0', '{path}: batch_size=4.0 is not an int'),
+    'int, bool': ('batch_size = True', '{path}: batch_size=True is not an int'),
+    'float': ("learning_rate = 'fast'", "{path}: learning_rate='fast' is not a finite float"),
+    'float, bool': ('learning_rate = True', '{path}: learning_rate=True is not a finite float'),
+    'float, list': ('learning_rate = [1]', '{path}: learning_rate=[1] is not a finite float'),
+    'bool': ('compile = 0', '{path}: compile=0 is not a bool: write True or False'),
+    'text': ('out_dir = None', '{path}: out_dir=None is not a str'),
+    'choice': ("optimizer = 'adamv'", "{path}: optimizer='adamv' is not one of adamw, adamwspam, "
+                                      "adamwprune; did you mean 'adamw'?"),
+    'choice, number': ('optimizer = 3', '{path}: optimizer=3 is not one of adamw, adamwspam, '
+                                        'adamwprune'),
+    'syntax': ('seed = 1\nn_layer = = 4', "config file '{path}' line 2: invalid syntax"),
+    'exception': ('seed = 1 / 0', "config file '{path}': ZeroDivisionError: division by zero"),
 }
 
 
 @pytest.mark.parametrize('text, message', CONFIGS.values(), ids=CONFIGS)
-def test_wrong_config_file(tiny, tmp_path, text, message):
+def test_wrong_config_file(tmp_path, text, message):
     config = tmp_path / 'c.py'
-    config.write_text(text)
-    assert refusal(train.main, [str(config)] + tiny()) == [message.format(path=config)]
+    config.write_text(text + '\n')
+    s, problems = parsed(config, '--n_layer=7')
+    assert problems == [message.format(path=config)]
+    assert changed(s) == {'n_layer': 7}
 
 
-def test_config_file_that_is_not_there_or_not_text(tiny, tmp_path):
-    (tmp_path / 'baseline.py').write_bytes(b'\xff\xfe')
-    for name, hint in (('basline.py', f"; did you mean '{tmp_path}/baseline.py'?"), ('other_thing.py', '')):
-        assert refusal(train.main, [f'{tmp_path}/{name}'])[0] == (
-            f"config file '{tmp_path}/{name}' cannot be read: No such file or directory{hint}")
-    problem, = refusal(train.main, [f'{tmp_path}/baseline.py'] + tiny())
-    assert problem.startswith(f"config file '{tmp_path}/baseline.py' cannot be read: ")
+@pytest.mark.parametrize('missing, hint', [
+    ('basline.py', "; did you mean 'baseline.py'?"), ('zu.py', '')])
+def test_config_file_that_is_not_there(tmp_path, missing, hint):
+    (tmp_path / 'baseline.py').write_text('')
+    assert parsed(tmp_path / missing)[1] == [
+        f"config file '{tmp_path}/{missing}' cannot be read: No such file or directory{hint}"]
+    assert parsed(tmp_path / 'none' / missing)[1] == [
+        f"config file '{tmp_path}/none/{missing}' cannot be read: No such file or directory"]
 
 
-COMBINATIONS = {
-    'heads': (dict(n_embd=30, n_head=4), ['n_embd=30 n_head=4: the width must be a multiple of the heads, e.g. n_embd=28']),
-    'no heads': (dict(n_head=0), ['n_head=0: must be at least 1']),
-    'batch': (dict(batch_size=0), ['batch_size=0: must be at least 1']),
-    'block': (dict(block_size=0), ['block_size=0: must be at least 1']),
-    'steps': (dict(max_iters=0, warmup_iters=0), [
-        'max_iters=0: must be at least 1',
-        'warmup_iters=0 max_iters=0 lr_decay_iters=0: the warm-up must end before the decay does (0)']),
-    'negative': (dict(seed=-1), ['seed=-1: must not be negative']),
-    'seed': (dict(seed=2**63), ['seed=9223372036854775808: must be below 2^63, which PyTorch takes']),
-    'dropout': (dict(dropout=1.0), ['dropout=1.0: must be at least 0 and below 1']),
-    'eps': (dict(eps=0.0), ['eps=0.0: must be above 0']),
-    'warm-up': (dict(warmup_iters=8), [
-        'warmup_iters=8 max_iters=8 lr_decay_iters=0: the warm-up must end before the decay does (8)']),
-    'min_lr': (dict(min_lr=0.1), ['min_lr=0.1 learning_rate=0.01: min_lr must not be above learning_rate']),
-    'evaluation': (dict(eval_tokens=31), [
-        'eval_tokens=31 block_size=32: must hold at least one sequence; 0 scores the whole split']),
-    'device': (dict(device='gpu'), ["device='gpu': must be auto, cpu, cuda or cuda:N"]),
-    'no out_dir': (dict(out_dir=''), ["out_dir='': must name a folder"]),
-}
+def test_config_file_that_is_not_text(tmp_path):
+    (tmp_path / 'c.py').write_bytes(b'\xff\xfe')
+    [problem] = parsed(tmp_path / 'c.py')[1]
+    assert problem.startswith(f"config file '{tmp_path}/c.py' cannot be read: ")
+    (tmp_path / 'folder.py').mkdir()
+    assert parsed(tmp_path / 'folder.py')[1] == [
+        f"config file '{tmp_path}/folder.py' cannot be read: Is a directory"]
 
 
-@pytest.mark.parametrize('changes, messages', COMBINATIONS.values(), ids=COMBINATIONS)
-def test_impossible_setting_or_combination(tiny, changes, messages):
-    assert refusal(train.main, tiny(**changes)) == messages
+# --- refused: the program -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('device', ['cuda', 'cuda:1'])
-def test_gpu_that_is_not_there(tiny, device, monkeypatch):
-    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
-    assert refusal(train.main, tiny(device=device)) == [
-        f"device='{device}': this PyTorch ({torch.__version__}) sees no GPU; use --device=cpu or install a build for your GPU "
-        '(CUDA or ROCm)']
+def test_command_that_is_refused_says_every_reason_and_ends_with_2(capsys, monkeypatch):
+    def refuse(argv):
+        raise Refused(['a=1: too small', 'b=2: too large'] if argv == ['x'] else [])
+
+    monkeypatch.setattr(sys, 'argv', ['tool.py', 'x'])
+    with pytest.raises(SystemExit) as ended:
+        run_command(refuse)
+    assert ended.value.code == 2
+    told = capsys.readouterr()
+    assert told.out == '' and told.err == 'refused:\n  - a=1: too small\n  - b=2: too large\n'
 
 
-def test_micro_batches_that_do_not_divide_among_the_processes(tiny, monkeypatch):
-    monkeypatch.setenv('WORLD_SIZE', '4')
-    s, problems = parsed(*tiny(gradient_accumulation_steps=6))
-    assert refusal(preflight.preflight, s, problems + check(s)) == [
-        'gradient_accumulation_steps=6: counts the micro-batches of all ranks, so it must be a multiple of the 4 processes']
-
-
-# --- refused: the data -------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def copy(tiny_data, tmp_path):
-    """A copy of the tiny data that a test may damage."""
-    return shutil.copytree(tiny_data, tmp_path / 'data')
-
-
-def test_block_longer_than_the_data(tiny, tiny_data):
-    data = open_data(str(tiny_data), 'tiny')
-    assert refusal(train.main, tiny(block_size=100_000, eval_tokens=0)) == [
-        f'block_size=100000: the {split} split of tiny has {tokens} tokens, too few for one sequence of 100000 + 1'
-        for split, tokens in (('train', data.train.tokens), ('val', data.val.tokens))]
-
-
-def test_all_validation_tokens_can_be_asked_for_only_if_the_last_has_a_target(tiny, tiny_data):
-    tokens = open_data(str(tiny_data), 'tiny').val.tokens
-    block = next(b for b in range(32, tokens) if (tokens - 1) % b == 0)  # up to the very last token
-    assert train.main(tiny(block_size=block, eval_tokens=tokens - 1, batch_size=1, max_iters=3)) == 0
-    assert refusal(train.main, tiny(eval_tokens=tokens, out_dir='elsewhere')) == [
-        f'eval_tokens={tokens}: the validation split has {tokens} tokens, the last of which has nothing to predict; '
-        '0 scores all the others']
-
-
-def test_missing_data_names_the_command_that_makes_it(tiny, tmp_path):
-    assert refusal(train.main, tiny(data_dir=tmp_path / 'none')) == [
-        f"dataset='tiny': folder {tmp_path}/none does not exist; prepare it with: "
-        f'python prepare.py text --input=FILES --name=tiny --data_dir={tmp_path}/none']
-
-
-def test_other_data_set_than_the_config_says(tiny, tiny_data):
-    assert refusal(train.main, tiny(dataset='fineweb_edu')) == [
-        f"dataset='fineweb_edu' but {tiny_data} holds 'tiny' (meta.json); write --dataset=tiny to train on it, or give the --data_dir "
-        'of fineweb_edu, prepared with: python prepare.py fineweb_edu']
-
-
-def test_truncated_shard(tiny, copy):
-    shard = copy / 'train_000000.bin'
-    expected = shard.stat().st_size
-    shard.write_bytes(shard.read_bytes()[:-10])
-    assert refusal(train.main, tiny(data_dir=copy)) == [
-        f'{shard}: truncated: expected {expected} bytes ({(expected - 1024) // 2} tokens), found {expected - 10}; '
-        'copy or prepare it again']
-
-
-def test_foreign_shard(tiny, copy):
-    (copy / 'train_000000.bin').write_bytes(bytes([1]) * 4096)
-    assert refusal(train.main, tiny(data_dir=copy)) == [
-        f'{copy}/train_000000.bin: not a token shard: magic 16843009 version 16843009, expected 20240520 version 1 '
-        "(llm.c's GPT-2 format); move it away"]
-
-
-def test_token_outside_the_vocabulary_is_found_before_training(tiny, copy):
-    shard = copy / 'val_000000.bin'
-    tokens = np.fromfile(shard, '<u2')
-    tokens[512 + 100] = 300  # 512 words of header
-    tokens.tofile(shard)
-    assert refusal(train.main, tiny(data_dir=copy)) == [
-        f'{shard}: token 300 at position 100 is outside the vocabulary of 257; the file is damaged or was made with another tokenizer']
-
-
-# --- refused: the run directory ----------------------------------------------------------------------
-
-
-def test_out_dir_that_is_a_file_or_lies_in_one(tiny, tmp_path):
-    (tmp_path / 'file').write_text('')
-    for out_dir in (tmp_path / 'file', tmp_path / 'file' / 'run'):
-        assert refusal(train.main, tiny(out_dir=out_dir)) == [
-            f"out_dir='{out_dir}': {tmp_path}/file is a file; choose another --out_dir"]
-
-
-def test_out_dir_that_holds_another_run(tiny, tmp_path):
-    train.main(tiny(max_iters=3))
-    before = (tmp_path / 'run' / 'train.log').read_text()
-    assert refusal(train.main, tiny()) == [
-        f"out_dir='{tmp_path}/run' holds another run; continue it with --init_from=resume or choose another --out_dir"]
-    assert (tmp_path / 'run' / 'train.log').read_text() == before
-
-
-def test_disk_without_room_for_the_checkpoints(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(shutil, 'disk_usage', lambda path: SimpleNamespace(free=2**19))
-    assert refusal(train.main, tiny()) == [
-        f"out_dir='{tmp_path}/run': the checkpoints need 1.2 MiB, the disk has 0.5 MiB left; free some or choose another --out_dir"]
-
-
-# --- several at once, and none -----------------------------------------------------------------------
-
-
-def test_all_mistakes_are_listed_at_once(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
-    config = tmp_path / 'c.py'
-    config.write_text('btach_size = 4\ndropout = "much"\n')
-    (tmp_path / 'file').write_text('')
-    wrong = tiny(n_head=5, device='cuda', data_dir=tmp_path / 'none', out_dir=tmp_path / 'file', grad_clip=-1.0)
-    assert refusal(train.main, [str(config), f'{tmp_path}/missing.py'] + wrong + ['--sede=3', '--bias']) == [
-        f"{config}: unknown setting 'btach_size' (value 4); did you mean 'batch_size'?",
-        f"{config}: dropout='much' is not a finite float",
-        f"config file '{tmp_path}/missing.py' cannot be read: No such file or directory",
-        "command line: unknown setting 'sede' (value '3'); did you mean 'seed'?",
-        "command line: '--bias' has no value; write --bias=VALUE",
-        'grad_clip=-1.0: must not be negative',
-        'n_embd=32 n_head=5: the width must be a multiple of the heads, e.g. n_embd=30',
-        f"device='cuda': this PyTorch ({torch.__version__}) sees no GPU; use --device=cpu or install a build for your GPU (CUDA or ROCm)",
-        f"dataset='tiny': folder {tmp_path}/none does not exist; prepare it with: "
-        f'python prepare.py text --input=FILES --name=tiny --data_dir={tmp_path}/none',
-        f"out_dir='{tmp_path}/file': {tmp_path}/file is a file; choose another --out_dir"]
-
-
-def test_batch_of_one_is_used_as_given(tiny, tmp_path):
-    assert train.main(tiny(batch_size=1, gradient_accumulation_steps=3)) == 0
-    assert json.loads((tmp_path / 'run' / 'config.json').read_text())['settings']['batch_size'] == 1
-    log = (tmp_path / 'run' / 'train.log').read_text()
-    assert '  effective batch    1 sequences x 3 micro-batches = 3 sequences\n' in log
-    assert '  tokens a step      3 x 32 = 96\n' in log
+def test_command_ends_with_the_code_of_its_main(monkeypatch):
+    monkeypatch.setattr(sys, 'argv', ['tool.py', 'a', 'b'])
+    with pytest.raises(SystemExit) as ended:
+        run_command(len)
+    assert ended.value.code == 2
+    assert Refused('one').problems == ['one']

@@ -1,0 +1,339 @@
+"""support/rundir.py: checkpoints, sparse weights, the log, metrics and trackers."""
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+from conftest import HOME, refusal
+
+from support.rundir import (
+    FORMAT,
+    RunLog,
+    clock,
+    load_checkpoint,
+    pack,
+    pack_weights,
+    provenance,
+    read_metrics,
+    save_checkpoint,
+    size,
+    unpack,
+    unpack_weights,
+)
+
+# --- checkpoints ----------------------------------------------------------------------------------
+
+
+def content(**more):
+    draw = torch.Generator().manual_seed(0)
+    weights = {'a': torch.randn(50, 40, generator=draw),
+               'b': torch.randn(9, generator=draw).bfloat16()}
+    return {'format': FORMAT, 'weights': weights, 'betas': (0.9, None), 'step': 4, **more}
+
+
+def test_checkpoint_comes_back_as_it_was(tmp_path):
+    saved = content(scalar=torch.tensor(3), empty=torch.zeros(0, 2), flags=[True, 'x'])
+    saved['weights']['column'] = torch.arange(6.0).view(2, 3).T  # not contiguous
+    save_checkpoint(str(tmp_path / 'last.pt'), saved)
+    loaded = load_checkpoint(str(tmp_path / 'last.pt'))
+    assert loaded.keys() == saved.keys()
+    for name, tensor in saved['weights'].items():
+        assert torch.equal(loaded['weights'][name], tensor)
+        assert loaded['weights'][name].dtype == tensor.dtype
+    assert loaded['betas'] == (0.9, None) and loaded['flags'] == [True, 'x']
+    assert loaded['scalar'] == 3 and loaded['empty'].shape == (0, 2)
+
+
+def test_view_of_a_large_tensor_takes_its_own_room_only(tmp_path):
+    flat = torch.zeros(1_000_000)
+    save_checkpoint(str(tmp_path / 'last.pt'), {'format': FORMAT, 'weights': {'a': flat[:10]}})
+    assert (tmp_path / 'last.pt').stat().st_size < 10_000
+
+
+def damaged(path, content):
+    """The problem of loading `content` as a checkpoint, without what is specific to the damage."""
+    path.write_bytes(content)
+    [problem] = refusal(load_checkpoint, str(path))
+    begin = f'checkpoint {path} is damaged or not one of ours ('
+    end = '); use another copy, e.g. best.pt for the weights'
+    assert problem.startswith(begin) and problem.endswith(end) and '\n' not in problem
+    return problem.removeprefix(begin).removesuffix(end)
+
+
+def test_checkpoint_with_one_flipped_bit_is_refused(tmp_path):
+    path = tmp_path / 'last.pt'
+    save_checkpoint(str(path), content())
+    whole = path.read_bytes()
+    middle = whole.index(content()['weights']['a'].numpy().tobytes()) + 1001
+    flipped = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1:]
+    assert 'checksum does not match' in damaged(path, flipped)
+
+
+def test_files_that_are_no_checkpoint_are_refused(tmp_path):
+    path = tmp_path / 'last.pt'
+    save_checkpoint(str(path), content())
+    whole = path.read_bytes()
+    for other in (whole[:len(whole) // 2], whole[:-1], b'', b'my notes\n', b'{"step": 4}'):
+        damaged(path, other)
+    torch.save([1, 2], path)
+    damaged(path, path.read_bytes())
+    torch.save({'weights': {}}, path)  # without a checksum
+    damaged(path, path.read_bytes())
+
+
+def test_missing_checkpoint_and_one_of_another_format(tmp_path):
+    path = str(tmp_path / 'last.pt')
+    assert refusal(load_checkpoint, path) == [
+        f'no checkpoint {path}; check the folder, or start with --init_from=scratch']
+    save_checkpoint(path, content(format='nanoprune 1'))
+    [problem] = refusal(load_checkpoint, path)
+    assert "'nanoprune 1'" in problem and repr(FORMAT) in problem and path in problem
+
+
+def test_checkpoint_that_would_run_code_is_refused(tmp_path):
+    class Attack:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / 'run code'),)
+
+    torch.save({'weights': Attack()}, tmp_path / 'last.pt')
+    damaged(tmp_path / 'last.pt', (tmp_path / 'last.pt').read_bytes())
+    assert not (tmp_path / 'run code').exists()
+
+
+def test_full_disk_while_saving_keeps_the_previous_checkpoint(tmp_path):
+    path = str(tmp_path / 'last.pt')
+    save_checkpoint(path, content())
+    limit = 200_000
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # Writing beyond the limit then fails, as on a full disk.
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        [problem] = refusal(save_checkpoint, path, content(more=torch.ones(limit)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    assert problem.startswith(f'{path} could not be written (')
+    assert problem.endswith('); the previous checkpoint, if there is one, stays')
+    assert torch.equal(load_checkpoint(path)['weights']['a'], content()['weights']['a'])
+    assert os.listdir(tmp_path) == ['last.pt']
+
+
+SAVE_AND_KILL = '''
+import os, random, signal, sys, time
+sys.path.insert(0, sys.argv[1])
+import torch
+from support.rundir import FORMAT, load_checkpoint, save_checkpoint
+torch.set_num_threads(1)
+path = sys.argv[2]
+draw = random.Random(0)
+
+def save(version):
+    weights = torch.full((500_000,), float(version))
+    save_checkpoint(path, {'format': FORMAT, 'version': version, 'weights': weights})
+
+save(0)
+partial = 0
+found = set()
+for kill in range(25):
+    child = os.fork()
+    if child == 0:
+        version = 100 * kill
+        while True:
+            version += 1
+            save(version)
+    time.sleep(draw.uniform(0.005, 0.08))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    partial += os.path.exists(path + '.tmp')
+    saved = load_checkpoint(path)
+    assert torch.equal(saved['weights'], torch.full((500_000,), float(saved['version']))), kill
+    found.add(saved['version'])
+save(-1)
+assert load_checkpoint(path)['version'] == -1
+assert os.listdir(os.path.dirname(path)) == [os.path.basename(path)]
+print(partial, len(found))
+'''
+
+
+def test_kill_9_while_saving_leaves_a_whole_checkpoint(tmp_path):
+    (tmp_path / 'run').mkdir()
+    command = [sys.executable, '-c', SAVE_AND_KILL, str(HOME), str(tmp_path / 'run' / 'last.pt')]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    partial, versions = map(int, done.stdout.split())
+    assert partial > 0 and versions > 1  # the kills came in the middle, and checkpoints changed
+
+
+# --- pruned weights -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('shape', [(64, 64), (7, 3), (1, 1)])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_packed_weights_come_back_to_the_bit(shape, dtype):
+    draw = torch.Generator().manual_seed(0)
+    mask = torch.rand(shape, generator=draw) < 0.5
+    dense = torch.randn(shape, generator=draw).to(dtype)
+    dense[0, 0] = -0.0
+    mask[0, 0] = True  # a kept weight may be zero
+    packed = pack(dense, mask)
+    back = unpack(packed)
+    expected = torch.where(mask, dense, torch.zeros((), dtype=dtype))
+    assert back.dtype == dtype
+    integer = {4: torch.int32, 2: torch.int16}[dtype.itemsize]
+    assert torch.equal(back.view(integer), expected.view(integer))
+    if shape == (64, 64) and dtype == torch.float32:
+        assert packed['bits'].nbytes + packed['values'].nbytes <= 0.55 * dense.nbytes
+
+
+def test_packed_weights_whose_parts_disagree_are_refused():
+    packed = pack(torch.ones(4, 4), torch.ones(4, 4, dtype=torch.bool))
+    damages = [dict(shape=[4, 5]), dict(shape=[4, 2]), dict(values=torch.ones(15)),
+               dict(bits=torch.zeros(2, dtype=torch.uint8))]
+    for damage in damages:
+        with pytest.raises(ValueError, match='packed tensor of shape'):
+            unpack({**packed, **damage})
+
+
+def test_matrices_are_packed_in_the_working_type_and_vectors_stay_as_they_are():
+    weights = {'matrix': torch.full((4, 4), 1.001), 'dense': torch.full((2, 2), 1.001),
+               'vector': torch.full((4,), 1.001)}
+    mask = torch.eye(4, dtype=torch.bool)
+    packed = pack_weights(weights, {'matrix': mask}, torch.bfloat16)
+    assert packed['matrix']['values'].numel() == 4
+    back = unpack_weights(packed)
+    assert torch.equal(back['matrix'], torch.full((4, 4), 1.001).bfloat16() * mask)
+    assert torch.equal(back['dense'], weights['dense'].bfloat16())
+    assert torch.equal(back['vector'], weights['vector'])
+
+
+# --- log and metrics ------------------------------------------------------------------------------
+
+
+def records(folder):
+    return read_metrics(os.path.join(folder, 'metrics.jsonl'))
+
+
+def test_log_prints_and_keeps_and_metrics_have_no_nan(tmp_path, capsys):
+    log = RunLog(str(tmp_path / 'a' / 'run'))
+    log.say('first')
+    log.measure(dict(step=1, loss=float('nan'), mfu=None))
+    log.say('second')
+    log.close()
+    assert capsys.readouterr().out == 'first\nsecond\n'
+    assert (tmp_path / 'a' / 'run' / 'train.log').read_text() == 'first\nsecond\n'
+    assert records(tmp_path / 'a' / 'run') == [dict(step=1, loss=None, mfu=None)]
+
+
+def test_resumed_log_goes_on_and_a_new_one_begins_anew(tmp_path):
+    def log_once(text, keep_until, step):
+        log = RunLog(str(tmp_path), keep_until=keep_until)
+        log.say(text)
+        log.measure(dict(step=step, loss=float(step)))
+        log.close()
+
+    log_once('first', None, 1)
+    log_once('second', 1, 2)
+    assert (tmp_path / 'train.log').read_text() == 'first\nsecond\n'
+    assert [r['step'] for r in records(tmp_path)] == [1, 2]
+    log_once('third', None, 1)
+    assert (tmp_path / 'train.log').read_text() == 'third\n'
+    assert [r['step'] for r in records(tmp_path)] == [1]
+
+
+def test_resumed_metrics_drop_what_will_be_measured_again(tmp_path):
+    measured = [dict(step=0, val_loss=1.0), dict(step=2, loss=1.0), dict(step=4, loss=1.0),
+                dict(step=4, val_loss=1.0), dict(step=6, loss=1.0)]
+    lines = [json.dumps(record) + '\n' for record in measured]
+    (tmp_path / 'metrics.jsonl').write_text(''.join(lines) + '{"step": 7, "lo')
+    RunLog(str(tmp_path), keep_until=4).close()
+    assert records(tmp_path) == measured[:3]
+
+
+def test_only_the_first_rank_writes(tmp_path, capsys):
+    log = RunLog(str(tmp_path / 'run'), tracker='wandb', write=False)
+    log.say('x')
+    log.measure(dict(step=1))
+    log.close()
+    assert capsys.readouterr().out == '' and os.listdir(tmp_path) == []
+
+
+def test_numbers_as_text():
+    assert [clock(s) for s in (0, 59.9, 61, 3600 * 33 + 16 * 60)] == [
+        '0:00:00', '0:00:59', '0:01:01', '33:16:00']
+    assert [size(n) for n in (2**20, 2**28 - 1, 2**28, 3 * 2**30)] == [
+        '1.0 MiB', '256.0 MiB', '0.25 GiB', '3.00 GiB']
+
+
+def test_provenance_names_command_commit_and_versions(monkeypatch):
+    monkeypatch.setattr(sys, 'argv', ['train.py', '--seed=3'])
+    told = provenance()
+    assert told['command'] == 'train.py --seed=3' and told['torch'] == torch.__version__
+    repository = ['git', '-C', str(HOME), 'rev-parse', 'HEAD']
+    done = subprocess.run(repository, capture_output=True, text=True)
+    assert told['commit'] == (done.stdout.strip() or 'unknown')
+    monkeypatch.setenv('PATH', '')  # a machine without git
+    assert (provenance()['commit'], provenance()['edited']) == ('unknown', False)
+
+
+# --- trackers -------------------------------------------------------------------------------------
+
+
+def test_missing_tracker_is_a_warning(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'wandb', None)
+    log = RunLog(str(tmp_path), tracker='wandb')
+    log.measure(dict(step=1, loss=2.0))
+    log.close()
+    text = (tmp_path / 'train.log').read_text()
+    assert text.startswith('WARNING: tracker=wandb is not available (ModuleNotFoundError: ')
+    assert records(tmp_path) == [dict(step=1, loss=2.0)]
+
+
+@pytest.mark.parametrize('name', ['wandb', 'trackio'])
+def test_tracker_gets_what_is_measured_until_it_fails(tmp_path, monkeypatch, name):
+    began, got = [], []
+
+    def log_numbers(numbers, step=None):
+        if len(got) == 2:
+            raise ConnectionError('no network')
+        got.append((numbers, step))
+
+    package = types.ModuleType(name)
+    package.init = lambda project, name, config: began.append((project, name, config))
+    package.log = log_numbers
+    monkeypatch.setitem(sys.modules, name, package)
+    log = RunLog(str(tmp_path / 'run'), tracker=name, config=dict(seed=3))
+    measured = [dict(step=step, loss=1.0 / step, mfu=None) for step in (1, 2, 3, 4)]
+    for record in measured:
+        log.measure(record)
+    log.close()
+    assert began == [('nanoprune', 'run', dict(seed=3))]
+    told = [1, 2] if name == 'wandb' else [None, None]
+    assert got == [(dict(step=1, loss=1.0), told[0]), (dict(step=2, loss=0.5), told[1])]
+    assert (tmp_path / 'run' / 'train.log').read_text() == (
+        'WARNING: the tracker failed (ConnectionError: no network); metrics.jsonl has it all\n')
+    assert records(tmp_path / 'run') == measured
+
+
+def test_tensorboard_gets_scalars(tmp_path, monkeypatch):
+    written = []
+
+    class SummaryWriter:
+        def __init__(self, folder):
+            written.append(folder)
+
+        def add_scalar(self, key, value, step):
+            written.append((key, value, step))
+
+    package = types.ModuleType('torch.utils.tensorboard')
+    package.SummaryWriter = SummaryWriter
+    monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', package)
+    log = RunLog(str(tmp_path), tracker='tensorboard')
+    log.measure(dict(step=7, loss=2.0, mfu=None))
+    log.close()
+    assert written == [str(tmp_path / 'tensorboard'), ('step', 7, 7), ('loss', 2.0, 7)]
