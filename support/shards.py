@@ -22,7 +22,7 @@ VERSION = 1
 HEADER_BYTES = 1024
 VOCABULARY = {'gpt2': 50257, 'bytes': 257}  # tokens; the last one of each is <|endoftext|>
 EOT_TEXT = '<|endoftext|>'
-FAULT_BYTES = 65536  # what Linux maps around one page fault (fault_around_bytes)
+FAULT_BYTES = 65536  # what Linux maps around one page fault; with large folios up to 5 times that
 RESIDENT_BYTES = 8 << 20  # mapped pages that a stream keeps; they count as this process's memory
 MAX_MAPS = 64  # shards mapped at the same time; each costs a file descriptor
 
@@ -30,43 +30,36 @@ MAX_MAPS = 64  # shards mapped at the same time; each costs a file descriptor
 # --- shards ---------------------------------------------------------------------------------------
 
 
-def read_header(path):
-    """Number of tokens of a shard with llm.c's header. Refused if it is foreign or does not fit."""
-    found = os.path.getsize(path)
-    if found < HEADER_BYTES:
-        raise Refused(f'{path}: truncated: {found} bytes, but the header alone has {HEADER_BYTES}; '
-                      'copy or prepare it again')
-    magic, version, tokens = np.fromfile(path, '<i4', 3).tolist()
-    if (magic, version) != (MAGIC, VERSION):
-        raise Refused(f'{path}: not a token shard: magic {magic} version {version}, expected '
-                      f"{MAGIC} version {VERSION} (llm.c's GPT-2 format); move it away")
-    expected = HEADER_BYTES + 2 * tokens
-    if found != expected:
-        what = 'truncated' if found < expected else 'longer than its header says'
-        raise Refused(f'{path}: {what}: expected {expected} bytes ({tokens} tokens), found '
-                      f'{found}; copy or prepare it again')
-    return tokens
+def header(tokens):
+    """The bytes before the tokens of a shard."""
+    return np.array([MAGIC, VERSION, tokens] + [0] * (HEADER_BYTES // 4 - 3), '<i4').tobytes()
 
 
 def shard_layout(path):
     """(offset of the first token in bytes, number of tokens) of a shard, with a header or without.
 
-    nanoGPT's train.bin and val.bin have none. As tokens, the magic's first two bytes would be
-    56280, which GPT-2 does not have, so that the two formats cannot be confused.
+    Refused if it is foreign or if its size does not fit.
     """
     try:
         size = os.path.getsize(path)
-        with open(path, 'rb') as f:
-            magic = int.from_bytes(f.read(4), 'little')
+        magic, version, tokens = [*np.fromfile(path, '<i4', 3).tolist(), 0, 0, 0][:3]
     except OSError as error:
         raise Refused(f'{path}: cannot be read ({error.strerror}); copy or prepare it '
                       'again') from None
-    if os.path.basename(path) not in ('train.bin', 'val.bin') or magic == MAGIC:
-        return HEADER_BYTES, read_header(path)
-    if size == 0 or size % 2:
-        raise Refused(f'{path}: truncated: {size} bytes is not a positive number of 2-byte tokens; '
-                      'copy or make it again')
-    return 0, size // 2
+    offset = HEADER_BYTES
+    # The magic's first two bytes would be token 56280, which GPT-2 does not have: the two formats
+    # cannot be confused.
+    if os.path.basename(path) in ('train.bin', 'val.bin') and magic != MAGIC:
+        offset = 0
+        tokens = size // 2
+    elif (magic, version) != (MAGIC, VERSION):
+        raise Refused(f'{path}: not a token shard: magic {magic} version {version}, expected '
+                      f"{MAGIC} version {VERSION} (llm.c's GPT-2 format); move it away")
+    expected = offset + 2 * tokens
+    if size != expected:
+        raise Refused(f'{path}: damaged: expected {expected} bytes ({tokens} tokens), found '
+                      f'{size}; copy or prepare it again')
+    return offset, tokens
 
 
 class TokenStream:
@@ -182,26 +175,18 @@ def split_of(filename):
     return found.pop() if found else ''
 
 
-def shard_files(folder):
-    """{file name: split} of the shards in a folder, sorted."""
-    splits = {name: split_of(name) for name in sorted(os.listdir(folder))}
-    return {name: split for name, split in splits.items() if split}
-
-
 def open_splits(folder, tokenizer):
     """(train, val), each a TokenStream of what the folder holds."""
-    found = shard_files(folder)
     streams = []
     for split in ('train', 'val'):
-        paths = [os.path.join(folder, name) for name in found if found[name] == split]
+        names = [name for name in sorted(os.listdir(folder)) if split_of(name) == split]
+        paths = [os.path.join(folder, name) for name in names]
         streams.append(TokenStream(split, paths, VOCABULARY[tokenizer]))
     return streams
 
 
-META = {  # what meta.json must have, and of what type
-    'name': str, 'tokenizer': str, 'vocab_size': int, 'train_tokens': int, 'val_tokens': int,
-    'documents': int, 'shards': list, 'fingerprint': str,
-}
+META_KEYS = {'name', 'tokenizer', 'vocab_size', 'train_tokens', 'val_tokens', 'documents',
+             'fingerprint', 'shards'}
 
 
 def read_meta(folder):
@@ -211,16 +196,11 @@ def read_meta(folder):
     if meta is None:
         return None
     again = 'restore it, or delete the folder and prepare the data again'
-    for key, kind in META.items():
-        if not isinstance(meta, dict) or not isinstance(meta.get(key), kind):
-            raise Refused(f"{path} is damaged: '{key}' is missing or not a {kind.__name__}; "
-                          f'{again}')
+    if not isinstance(meta, dict) or not meta.keys() >= META_KEYS:
+        raise Refused(f"{path} is damaged: it lacks one of {', '.join(sorted(META_KEYS))}; {again}")
     if VOCABULARY.get(meta['tokenizer']) != meta['vocab_size']:
         raise Refused(f"{path} is damaged: tokenizer {meta['tokenizer']!r} with "
                       f"vocab_size={meta['vocab_size']}; {again}")
-    if not all(isinstance(shard, dict) and isinstance(shard.get('file'), str)
-               for shard in meta['shards']):
-        raise Refused(f"{path} is damaged: 'shards' is not a list of {{file, tokens}}; {again}")
     return meta
 
 
@@ -235,27 +215,18 @@ def prepare_command(dataset, folder):
     return ' '.join(words)
 
 
-def check_folder(folder, dataset, meta):
-    """Refused where the folder holds no shards, another data set or other files than meta.json."""
-    command = prepare_command(dataset, folder)
-    found = shard_files(folder)
-    for split in ('train', 'val'):
-        if split not in found.values():
-            raise Refused(f"{folder} holds no {split} shards ('{split}' in the name, .bin at the "
-                          f'end); prepare the data with: {command}')
-    name = meta['name'] if meta else 'unlabelled'
-    if name != dataset:
-        told = '(meta.json)' if meta else 'shards (there is no meta.json)'
-        default = prepare_command(dataset, os.path.join('data', dataset))
-        raise Refused(f"dataset='{dataset}' but {folder} holds '{name}' {told}; write "
-                      f'--dataset={name} to train on it, or give the --data_dir of {dataset}, '
-                      f'prepared with: {default}')
-    listed = {shard['file'] for shard in meta['shards']} if meta else set(found)
-    for file in sorted(listed - set(found)):
-        raise Refused(f'{os.path.join(folder, file)} is missing, but meta.json lists it; copy it '
-                      f'again, or {command}')
-    for file in sorted(set(found) - listed):
-        raise Refused(f'{os.path.join(folder, file)} is not in meta.json; move it away')
+def check_meta(folder, meta, train, val, fingerprint):
+    """Refused where the folder holds anything else than meta.json says."""
+    listed = {os.path.join(folder, shard['file']) for shard in meta['shards']}
+    there = {*train.files, *val.files}
+    for path in sorted(listed - there):
+        raise Refused(f'{path} is missing, but meta.json lists it; copy or prepare it again')
+    for path in sorted(there - listed):
+        raise Refused(f'{path} is not in meta.json; move it away')
+    if fingerprint != meta['fingerprint']:
+        raise Refused(f'{folder}: the shards have changed since they were prepared: fingerprint '
+                      f"{fingerprint}, meta.json says {meta['fingerprint']}; copy the folder "
+                      'again, or delete it and prepare the data again')
 
 
 def open_data(data_dir, dataset):
@@ -264,7 +235,8 @@ def open_data(data_dir, dataset):
     Refused where the folder holds nothing, another data set than `dataset`, or anything but what
     was prepared.
     """
-    folder = data_dir or os.path.join('data', dataset)
+    default = os.path.join('data', dataset)
+    folder = data_dir or default
     command = prepare_command(dataset, folder)
     if not os.path.isdir(folder):
         raise Refused(f"dataset='{dataset}': folder {folder} does not exist; prepare it with: "
@@ -273,19 +245,22 @@ def open_data(data_dir, dataset):
     if meta is None and os.path.exists(os.path.join(folder, 'journal.json')):
         raise Refused(f'{folder}: preparation has not finished; run the same command again to '
                       f'continue, e.g. {command}')
-    check_folder(folder, dataset, meta)
     tokenizer = meta['tokenizer'] if meta else 'gpt2'
     train, val = open_splits(folder, tokenizer)
     for stream in (train, val):
         if stream.tokens == 0:
-            raise Refused(f'{stream.files[0]}: the {stream.split} split holds no tokens; prepare '
-                          f'the data with: {command}')
+            raise Refused(f"{folder} holds no {stream.split} tokens ('{stream.split}' in the name, "
+                          f'.bin at the end); prepare the data with: {command}')
+    name = meta['name'] if meta else 'unlabelled'
+    if name != dataset:
+        told = '(meta.json)' if meta else 'shards (there is no meta.json)'
+        raise Refused(f"dataset='{dataset}' but {folder} holds '{name}' {told}; write "
+                      f'--dataset={name} to train on it, or give the --data_dir of {dataset}, '
+                      f'prepared with: {prepare_command(dataset, default)}')
     fingerprint = fingerprint_of(train, val)
-    if meta and fingerprint != meta['fingerprint']:
-        raise Refused(f'{folder}: the shards have changed since they were prepared: fingerprint '
-                      f"{fingerprint}, meta.json says {meta['fingerprint']}; copy the folder "
-                      f'again, or delete it and run: {command}')
-    return Data(dataset, tokenizer, VOCABULARY[tokenizer], fingerprint, train, val)
+    if meta:
+        check_meta(folder, meta, train, val, fingerprint)
+    return Data(name, tokenizer, VOCABULARY[tokenizer], fingerprint, train, val)
 
 
 # --- order of the training windows ----------------------------------------------------------------

@@ -33,7 +33,7 @@ class Source:
     open: Callable
     text_bytes: Callable  # (settings) -> bytes of text, an estimate
     origin: Callable  # (settings) -> what the documents depend on, for JSON
-    uses: tuple = ()  # settings that have a meaning for this source, and none for some other
+    uses: tuple = ()  # settings that sources which do not list them refuse
     needs: tuple = ()  # what its command line cannot do without
     starts_from: tuple = ()  # arguments that go before those of the command line
 
@@ -76,16 +76,11 @@ def read_jsonl(path):
 def parquet_file(path):
     """A pyarrow ParquetFile that has a text column."""
     try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise Refused(f'{path}: Parquet files need pyarrow, which is not installed; run: '
+        from pyarrow.parquet import ParquetFile
+        table = ParquetFile(path)
+    except (ImportError, OSError, ValueError) as error:  # pyarrow's own are some of these
+        raise Refused(f'{path}: cannot be read as Parquet ({error}); download it again, or '
                       'pip install pyarrow') from None
-    try:
-        table = pyarrow.parquet.ParquetFile(path)
-    except (OSError, pyarrow.ArrowException) as error:
-        raise Refused(f'{path}: not a readable Parquet file ({error}); download it '
-                      'again') from None
     columns = table.schema_arrow
     if 'text' not in columns.names or not str(columns.field('text').type).endswith('string'):
         raise Refused(f"{path}: has no 'text' column of strings, only {', '.join(columns.names)}; "
@@ -122,22 +117,14 @@ def input_files(key, told):
     """
     kinds = ', '.join(READERS)
     files = []
-    for entry in filter(None, map(str.strip, told.split(','))):
+    for entry in map(str.strip, told.split(',')):
         path = pathlib.Path(entry)
-        if not path.exists():
-            raise Refused(f'{key}: {entry} does not exist; name a file or folder that does')
-        if path.is_dir():
-            inside = sorted(f for f in path.rglob('*') if f.suffix in READERS)
-            if not inside:
-                raise Refused(f'{key}: folder {entry} holds no file of {kinds}; name another')
-            files += inside
-        elif path.suffix in READERS:
-            files.append(path)
-        else:
-            raise Refused(f'{key}: {entry} is none of {kinds}; convert it')
-    if not files:
-        raise Refused(f'{key}={told!r}: name the files or folders to read, e.g. '
-                      f'--{key}=books/,more.jsonl')
+        inside = sorted(path.rglob('*')) if entry and path.is_dir() else [path]
+        usable = [f for f in inside if f.suffix in READERS and f.is_file()]
+        if not usable:
+            raise Refused(f'{key}={told!r}: {entry!r} is no file of {kinds} and no folder with '
+                          f'one; name such, e.g. --{key}=books/,more.jsonl')
+        files += usable
     return files
 
 
@@ -228,25 +215,18 @@ def explained(source):
         yield
     except Exception as error:
         reason = ' '.join(str(error).split())[:200]
-        fix = ('check the network and run the same command again, which continues where it '
-               'stopped; or download Parquet files and use: python prepare.py text '
-               '--name=fineweb_edu --input=FOLDER')
-        if os.path.isdir(source):
-            fix = 'check the Parquet files in it'
-        raise Refused(f'{source}: cannot be read ({type(error).__name__}: {reason}); '
-                      f'{fix}') from None
+        raise Refused(f'{source}: cannot be read ({type(error).__name__}: {reason}); check the '
+                      'network and run the same command again, which continues where it stopped; '
+                      'or download Parquet files and use: python prepare.py text '
+                      '--name=fineweb_edu --input=FOLDER') from None
 
 
 def open_hugging_face(settings, documents, state):
     """Source.open; the library's own state skips whole files without fetching them."""
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        raise Refused('fineweb_edu needs datasets, which is not installed; run: pip install '
-                      'datasets') from None
     source = settings.source
     config = None if os.path.isdir(source) else 'sample-10BT'
     with explained(source):
+        from datasets import load_dataset
         stream = load_dataset(source, config, split='train', streaming=True)
         stream = stream.select_columns(['text'])
     if state:

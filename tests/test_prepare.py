@@ -1,5 +1,5 @@
-"""prepare.py and sources.py: from text to token shards and meta.json."""
-import hashlib
+"""prepare.py: from text to token shards and meta.json, however often it is interrupted."""
+import errno
 import json
 import pathlib
 import signal
@@ -7,288 +7,366 @@ import time
 
 import numpy as np
 import pytest
-from texts import command, contents, documents, refusal, run, whole, write_fineweb, write_jsonl
+from texts import (
+    command,
+    contents,
+    documents,
+    refusal,
+    refused,
+    run,
+    small_data,
+    split_by_hash,
+    unlabelled_data,
+    use_small_gpt2,
+    whole,
+    write_fineweb,
+    write_jsonl,
+)
 
 import prepare
-import shards as reader
-import sources
+from support import shards
+from support.shards import open_data
 
 
-# --- preparing -----------------------------------------------------------------------------------------
+def text_of(stream):
+    return shards.get_tokenizer('bytes').decode(whole(stream).tolist())
 
-def test_same_text_same_shards_from_every_format(tmp_path, small_gpt2, capsys):
+
+# --- shards ---------------------------------------------------------------------------------------
+
+
+def test_same_text_same_shards_from_every_format(tmp_path, monkeypatch):
+    small_gpt2 = use_small_gpt2(monkeypatch)
     texts = documents(40) + ['a literal <|endoftext|> inside', '']
+    (tmp_path / 'txt').mkdir()
     for i, text in enumerate(texts):
-        path = tmp_path / 'txt' / f'{i:03d}.txt'
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(text.encode())
+        (tmp_path / 'txt' / f'{i:03d}.txt').write_bytes(text.encode())
     (tmp_path / 'parquet').mkdir()
     write_fineweb(tmp_path / 'parquet' / 'a.parquet', texts[:20])
     write_fineweb(tmp_path / 'parquet' / 'b.parquet', texts[20:])
     write_jsonl(tmp_path / 'x.jsonl', texts)
-    common = ('--val_fraction=0.3', '--shard_tokens=5000', '--name=same')
-    made = {}
-    for kind, told in (('txt', f'--input={tmp_path}/txt'), ('parquet', f'--input={tmp_path}/parquet'),
-                       ('jsonl', f'--input={tmp_path}/x.jsonl'), ('hub', f'--source={tmp_path}/parquet')):
-        name = 'fineweb_edu' if kind == 'hub' else 'text'
-        run(name, told, f'--data_dir={tmp_path}/out_{kind}', '--processes=1', *common)
-        made[kind] = {k: v for k, v in contents(tmp_path / f'out_{kind}').items() if k != 'meta.json'}
-    assert made['txt'] == made['parquet'] == made['jsonl'] == made['hub'] and len(made['txt']) > 4
-    data = reader.open_data(f'{tmp_path}/out_txt', 'same')
+    commands = {
+        'txt': ('text', f'--input={tmp_path}/txt'),
+        'parquet': ('text', f'--input={tmp_path}/parquet'),
+        'jsonl': ('text', f'--input={tmp_path}/x.jsonl'),
+        'hub': ('fineweb_edu', f'--source={tmp_path}/parquet'),
+    }
+    made = []
+    for kind, told in commands.items():
+        folder = tmp_path / f'out_{kind}'
+        run(*told, f'--data_dir={folder}', '--processes=1', '--val_fraction=0.3',
+            '--shard_tokens=5000', '--name=same')
+        made.append(contents(folder))
+        del made[-1]['meta.json']
+    assert len(made[0]) > 4
+    assert made[0] == made[1] == made[2] == made[3]
+    data = open_data(f'{tmp_path}/out_txt', 'same')
+    for stream in (data.train, data.val):
+        expected = []
+        for text in split_by_hash(texts, 0.3)[stream.split]:
+            expected += small_gpt2.encode_ordinary(text) + [50256]
+        assert whole(stream).tolist() == expected
 
-    # An oracle that shares nothing with the code but the definition.
-    expected = {'train': [], 'val': []}
-    for text in texts:
-        number = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), 'big') / 2**64
-        expected['val' if number < 0.3 else 'train'] += small_gpt2.encode_ordinary(text) + [50256]
-    assert whole(data.train).tolist() == expected['train'] and whole(data.val).tolist() == expected['val']
+
+def test_shards_are_llm_c_s(tmp_path):
+    path = write_jsonl(tmp_path / 'x.jsonl', documents(50))
+    run('text', f'--input={path}', '--name=x', f'--data_dir={tmp_path}/x', '--tokenizer=bytes',
+        '--val_fraction=0.3', '--shard_tokens=5000')
+    meta = json.loads((tmp_path / 'x' / 'meta.json').read_text())
+    assert len(meta['shards']) > 5
+    total = {'train': 0, 'val': 0}
+    for shard in meta['shards']:
+        raw = (tmp_path / 'x' / shard['file']).read_bytes()
+        head = np.frombuffer(raw[:1024], '<i4').tolist()
+        assert head == [20240520, 1, shard['tokens']] + [0] * 253
+        assert len(raw) == 1024 + 2 * shard['tokens']
+        total[shard['file'].split('_')[0]] += shard['tokens']
+    assert total == {'train': meta['train_tokens'], 'val': meta['val_tokens']}
 
 
-def test_processes_do_not_change_the_shards(tmp_path, small_gpt2):
-    texts = documents(600) + ['one document longer than a chunk. ' * 60_000] + documents(600, seed=1)
-    write_jsonl(tmp_path / 'x.jsonl', texts)
+def test_processes_do_not_change_the_shards(tmp_path, monkeypatch):
+    use_small_gpt2(monkeypatch)
+    long = 'one document longer than a chunk. ' * 60_000
+    write_jsonl(tmp_path / 'x.jsonl', [*documents(600), long, *documents(600, seed=1)])
     for processes in (1, 2):
-        run('text', f'--input={tmp_path}/x.jsonl', f'--data_dir={tmp_path}/{processes}', f'--processes={processes}',
-            '--val_fraction=0.1', '--shard_tokens=300_000')
-    assert contents(tmp_path / '1') == contents(tmp_path / '2') and len(contents(tmp_path / '1')) > 8
-    assert reader.read_header(tmp_path / '1' / 'train_000000.bin') == 300_000
+        run('text', f'--input={tmp_path}/x.jsonl', f'--data_dir={tmp_path}/{processes}',
+            f'--processes={processes}', '--val_fraction=0.1', '--shard_tokens=300_000')
+    assert len(contents(tmp_path / '1')) > 8
+    assert contents(tmp_path / '1') == contents(tmp_path / '2')
 
 
 def test_max_tokens_stops_after_the_document_that_reaches_it(tmp_path):
     texts = documents(100)
     write_jsonl(tmp_path / 'x.jsonl', texts)
-    ends = np.cumsum([len(t.encode()) + 1 for t in texts])
-    for limit in (int(ends[49]) - 1, int(ends[49])):
-        run('text', f'--input={tmp_path}/x.jsonl', f'--data_dir={tmp_path}/{limit}', '--tokenizer=bytes', '--val_fraction=0.3',
-            f'--max_tokens={limit}')
-        data = reader.open_data(f'{tmp_path}/{limit}', 'text')
-        assert data.train_tokens + data.val_tokens == ends[49]
-        assert json.loads((tmp_path / str(limit) / 'meta.json').read_text())['documents'] == 50
+    end = sum(len(text.encode()) + 1 for text in texts[:50])
+    for limit in (end - 1, end):
+        run('text', f'--input={tmp_path}/x.jsonl', f'--data_dir={tmp_path}/{limit}',
+            '--tokenizer=bytes', '--val_fraction=0.3', f'--max_tokens={limit}')
+        data = open_data(f'{tmp_path}/{limit}', 'text')
+        assert data.train.tokens + data.val.tokens == end
+        meta = json.loads((tmp_path / str(limit) / 'meta.json').read_text())
+        assert meta['documents'] == 50
 
 
-def kill_after(shards, folder, argv):
-    """Start the command and kill it, with no chance to tidy up, when so many shards are there."""
-    child = command(*argv)
+def test_half_a_surrogate_pair_is_replaced(tmp_path):
+    lines = [json.dumps({'text': f'{i} \ud800 {i * i}'}) + '\n' for i in range(40)]
+    (tmp_path / 'x.jsonl').write_text(''.join(lines))
+    run('text', f'--input={tmp_path}/x.jsonl', '--tokenizer=bytes', '--val_fraction=0.3',
+        f'--data_dir={tmp_path}/out')
+    assert ' \ufffd ' in text_of(open_data(f'{tmp_path}/out', 'text').train)
+
+
+# --- splits ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('lengths, fraction, of_val', [
+    ([99_999], 0.1, 10_000),
+    ([99_999], 0.005, 1025),  # 500 would be less than a window
+    ([599, 599], 0.005, 600),  # half of a text that is too small for a window each
+    ([99, 199, 0], 0.99, 297),  # by hash, all of it would be validation
+])
+def test_few_documents_are_split_by_position(tmp_path, capsys, lengths, fraction, of_val):
+    texts = [letter * length for letter, length in zip('abc', lengths)]
+    assert not all(split_by_hash(texts, fraction).values())
+    for i, text in enumerate(texts):
+        (tmp_path / f'{i}.txt').write_text(text)
+    run('text', f'--input={tmp_path}', '--name=mine', '--tokenizer=bytes', '--shard_tokens=500',
+        f'--val_fraction={fraction}', f'--data_dir={tmp_path}/out')
+    data = open_data(f'{tmp_path}/out', 'mine')
+    assert data.val.tokens == of_val
+    assert text_of(data.train) + text_of(data.val) == ''.join(f'{t}<|endoftext|>' for t in texts)
+    assert f'the last {of_val:,} tokens become validation' in capsys.readouterr().out
+
+
+def test_validation_text_of_ones_own(tmp_path):
+    train = write_jsonl(tmp_path / 'train.jsonl', documents(600))
+    val = write_jsonl(tmp_path / 'val.jsonl', documents(5, seed=1))
+    told = ('text', f'--input={train}', f'--val_input={val}', '--tokenizer=bytes')
+    run(*told, f'--data_dir={tmp_path}/out')
+    data = open_data(f'{tmp_path}/out', 'text')
+    assert text_of(data.train) == ''.join(f'{t}<|endoftext|>' for t in documents(600))
+    assert text_of(data.val) == ''.join(f'{t}<|endoftext|>' for t in documents(5, seed=1))
+    both = ('text', f'--input={train},{val}', '--tokenizer=bytes', f'--data_dir={tmp_path}/out')
+    assert 'was prepared with source=' in refused(*both)
+    run(*told, '--max_tokens=20_000', f'--data_dir={tmp_path}/less')
+    assert whole(open_data(f'{tmp_path}/less', 'text').val).tolist() == whole(data.val).tolist()
+    assert 'give more text or a larger --max_tokens' in refused(
+        *told, '--max_tokens=10', f'--data_dir={tmp_path}/least')
+    run(*told, f'--data_dir={tmp_path}/least')
+    assert contents(tmp_path / 'least') == contents(tmp_path / 'out')
+
+
+def test_too_little_text(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, 'JOURNAL_SECONDS', 0)
+    told = ('text', f'--input={tmp_path}/x.txt', '--tokenizer=bytes', f'--data_dir={tmp_path}/out')
+    (tmp_path / 'x.txt').write_text('')
+    message = refused(*told)
+    assert message.startswith('text: 1 training and 0 validation tokens, too few to learn from')
+    (tmp_path / 'x.txt').write_text('enough')
+    run(*told)
+    assert open_data(f'{tmp_path}/out', 'text').val.tokens == 3
+
+
+# --- interruptions --------------------------------------------------------------------------------
+
+
+def interrupted_commands(tmp_path):
+    """Commands that go each another way through prepare.py."""
+    train = write_jsonl(tmp_path / 'train.jsonl', documents(300))
+    val = write_jsonl(tmp_path / 'val.jsonl', documents(100, seed=1))
+    common = ('text', '--tokenizer=bytes', '--shard_tokens=15_000')
+    return {
+        'by hash': (*common, f'--input={train}', '--val_fraction=0.3'),
+        'val_input': (*common, f'--input={train}', f'--val_input={val}'),
+        'max_tokens': (*common, f'--input={train}', '--val_fraction=0.3', '--max_tokens=200_000'),
+        'by position': (*common, f'--input={train}', '--val_fraction=1e-9'),
+    }
+
+
+@pytest.mark.parametrize('kind', ['by hash', 'val_input', 'max_tokens', 'by position'])
+def test_interrupted_before_and_after_each_journal(tmp_path, monkeypatch, kind):
+    """Shards lie on the disk that the journal does not know, and meta.json beside the journal."""
+    told = interrupted_commands(tmp_path)[kind]
+    monkeypatch.setattr(prepare, 'CHUNK_CHARACTERS', 50_000)
+    run(*told, f'--data_dir={tmp_path}/straight')
+    monkeypatch.setattr(prepare, 'JOURNAL_SECONDS', 0)
+    folder = tmp_path / 'killed'
+    real = prepare.write_json
+    writes = []
+
+    def interrupting(path, content):
+        """Two writes of each attempt succeed; the third is interrupted, before it or after."""
+        writes.append(path)
+        last = len(writes) % 3 == 0
+        if last and len(writes) % 2:
+            raise KeyboardInterrupt
+        for split in ('train', 'val') if path.endswith('journal.json') else ():
+            sizes = [f.stat().st_size - 1024 for f in folder.glob(f'{split}_*.bin')]
+            assert sum(sizes) >= 2 * content[f'{split}_tokens'], 'journalled, but not on the disk'
+        real(path, content)
+        if last:
+            raise KeyboardInterrupt
+    monkeypatch.setattr(prepare, 'write_json', interrupting)
+    codes = []
+    while 0 not in codes and len(codes) < 30:
+        codes.append(prepare.main([*told, f'--data_dir={folder}']))
+    assert codes[-1] == 0
+    assert len(codes) > 2
+    assert contents(folder) == contents(tmp_path / 'straight')
+
+
+def test_other_arguments_may_follow_a_run_that_was_interrupted_early(tmp_path, monkeypatch):
+    """Before the first chunk is journalled there is nothing to continue."""
+    write_jsonl(tmp_path / 'x.jsonl', documents(1000))
+    told = ('text', f'--input={tmp_path}/x.jsonl', '--tokenizer=bytes', '--val_fraction=0.3')
+    real = prepare.write_json
+
+    def interrupting(path, content):
+        if path.endswith('meta.json'):
+            raise KeyboardInterrupt
+        real(path, content)
+    monkeypatch.setattr(prepare, 'write_json', interrupting)
+    small = [*told, '--shard_tokens=9000', f'--data_dir={tmp_path}/a']
+    assert prepare.main(small) == 130
+    assert len(contents(tmp_path / 'a')) > 100
+    monkeypatch.undo()
+    for folder in 'ab':
+        run(*told, f'--data_dir={tmp_path}/{folder}')
+    assert contents(tmp_path / 'a') == contents(tmp_path / 'b')
+
+
+def alive(process):
     try:
-        deadline = time.monotonic() + 30
-        while len(list(folder.glob('train_*.bin'))) < shards and time.monotonic() < deadline:
-            assert child.poll() is None, child.stderr.read()
-            time.sleep(0.001)
-        children = pathlib.Path(f'/proc/{child.pid}/task/{child.pid}/children')
-        workers = children.read_text().split() if children.exists() else []
-    finally:
-        child.send_signal(signal.SIGKILL)
-        child.communicate(timeout=10)  # does not end before the workers, which share its output
+        state = pathlib.Path(f'/proc/{process}/stat').read_text().rpartition(')')[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != 'Z'
+
+
+def kill_in_the_middle(folder, told):
+    """Start the command and kill it, with no chance to tidy up; its workers' process numbers."""
+    child = command(*told, code='import prepare; prepare.JOURNAL_SECONDS = 0')
+    deadline = time.monotonic() + 30
+    while len(list(folder.glob('train_*.bin'))) < 50 and time.monotonic() < deadline:
+        assert child.poll() is None, child.stderr.read()
+        time.sleep(0.001)
+    children = pathlib.Path(f'/proc/{child.pid}/task/{child.pid}/children')
+    workers = children.read_text().split() if children.exists() else []
+    child.send_signal(signal.SIGKILL)
+    child.communicate(timeout=10)  # does not end before the workers, which share its output
     return workers
 
 
-def alive(pid):
-    try:
-        return pathlib.Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[0] != 'Z'
-    except FileNotFoundError:
-        return False
-
-
-@pytest.mark.parametrize('kind', ['text', 'fineweb_edu'])
-def test_killed_and_continued_equals_uninterrupted(tmp_path, kind, capsys):
+@pytest.mark.parametrize('source, setting', [('text', 'input'), ('fineweb_edu', 'source')])
+def test_killed_and_continued_equals_uninterrupted(tmp_path, source, setting, capsys):
     (tmp_path / 'in').mkdir()
     for i in range(3):
         write_fineweb(tmp_path / 'in' / f'{i}.parquet', documents(1500, seed=i))
-    told = [kind, f'--source={tmp_path}/in' if kind == 'fineweb_edu' else f'--input={tmp_path}/in', '--tokenizer=bytes',
-            '--shard_tokens=30_000', '--val_fraction=0.004', '--name=x']
+    told = (source, f'--{setting}={tmp_path}/in', '--tokenizer=bytes', '--shard_tokens=30_000',
+            '--val_fraction=0.004', '--name=x')
     run(*told, f'--data_dir={tmp_path}/straight')
-    folder, rounds = tmp_path / 'killed', (3, 60, 110) if kind == 'text' else (50,)
-    for shards in rounds:
-        workers = kill_after(shards, folder, [*told, f'--data_dir={folder}', '--processes=2'])
-        assert not (folder / 'meta.json').exists() and (folder / 'journal.json').exists()
-        deadline = time.monotonic() + 10
-        while any(map(alive, workers)) and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert not any(map(alive, workers)), 'workers outlive a killed parent'
+    folder = tmp_path / 'killed'
+    workers = kill_in_the_middle(folder, [*told, f'--data_dir={folder}', '--processes=2'])
+    deadline = time.monotonic() + 10
+    while any(map(alive, workers)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not any(map(alive, workers)), 'workers outlive a killed parent'
+    assert not (folder / 'meta.json').exists()
     assert json.loads((folder / 'journal.json').read_text())['documents'] > 0
-    assert 'preparation has not finished' in refusal(reader.open_data, str(folder), 'x')
+    assert 'preparation has not finished' in refusal(open_data, str(folder), 'x')
+    assert refused(*told, '--shard_tokens=40_000', f'--data_dir={folder}') == (
+        f'{folder} was prepared with shard_tokens=30000, not 40000; give the same, another '
+        '--data_dir, or delete the folder')
     capsys.readouterr()
-    other = run(*told, f'--data_dir={folder}', '--shard_tokens=40_000', code=2, capsys=capsys).err
-    assert other == (f'{folder} was prepared with shard_tokens=30000, not 40000; give the same, another --data_dir, '
-                     'or delete the folder\n')
-    assert 'continuing after ' in run(*told, f'--data_dir={folder}', capsys=capsys).out
-    assert contents(folder) == contents(tmp_path / 'straight')
-    assert reader.open_data(str(folder), 'x').train_tokens > 30_000 * 100
-
-
-def test_kill_between_shard_and_journal(tmp_path, monkeypatch):
-    """The rarest moment: shards have their final names, the journal does not know of them yet; and of the last steps."""
-    write_jsonl(tmp_path / 'x.jsonl', documents(3000))
-    told = ['text', f'--input={tmp_path}/x.jsonl', '--tokenizer=bytes', '--shard_tokens=400_000', '--val_fraction=0.3']
-    run(*told, f'--data_dir={tmp_path}/straight')
-    folder, real, calls = tmp_path / 'killed', prepare.write_json, []
-
-    def failing(path, value):
-        calls.append(path)
-        if len(calls) in (3, 5) or path.endswith('meta.json') and len(calls) < 20:
-            calls.extend([None] * (20 if path.endswith('meta.json') else 0))
-            raise KeyboardInterrupt
-        for split in ('train', 'val') if path.endswith('journal.json') else ():
-            there = sum((f.stat().st_size - 1024) // 2 for f in folder.glob(f'{split}_*.bin*'))
-            assert there >= value[f'{split}_tokens'], 'the journal promises what is still in a buffer'
-        real(path, value)
-    monkeypatch.setattr(prepare, 'write_json', failing)
-    codes = [prepare.main([*told, f'--data_dir={folder}']) for _ in range(4)]
-    assert codes == [130, 130, 130, 0]
+    run(*told, f'--data_dir={folder}')
+    said = capsys.readouterr()
+    assert 'continuing after ' in said.out
+    assert said.err == ''  # no bar where there is no terminal, not in the first seconds
     assert contents(folder) == contents(tmp_path / 'straight')
 
 
-def test_nothing_is_left_of_a_run_that_was_killed_early(tmp_path, monkeypatch):
-    """Before the first journal there is nothing to continue, so that other arguments may follow; longer shards lie about."""
-    write_jsonl(tmp_path / 'x.jsonl', documents(1000))
-    told = ['text', f'--input={tmp_path}/x.jsonl', '--tokenizer=bytes', '--val_fraction=0.3']
-    real, calls = prepare.write_json, []
-
-    def failing(path, value):
-        calls.append(path)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        real(path, value)
-    monkeypatch.setattr(prepare, 'write_json', failing)
-    assert prepare.main([*told, '--shard_tokens=100_000', f'--data_dir={tmp_path}/killed']) == 130
-    assert len(list((tmp_path / 'killed').glob('*.bin'))) > 5
-    for name in ('killed', 'straight'):
-        run(*told, '--shard_tokens=50_000', '--max_tokens=100_000', f'--data_dir={tmp_path}/{name}')
-    assert contents(tmp_path / 'killed') == contents(tmp_path / 'straight')
-
-
-def test_finished_data_is_left_alone(stdlib_like, tmp_path, capsys):
-    before = contents(stdlib_like)
-    told = ['text', f'--input={tmp_path}/in.jsonl', '--name=small', '--tokenizer=bytes', f'--data_dir={stdlib_like}']
-    assert 'already prepared, nothing to do' in run(*told, '--val_fraction=0.2', capsys=capsys).out
-    assert 'was prepared with val_fraction=0.2, not 0.005' in run(*told, code=2, capsys=capsys).err
-    write_jsonl(tmp_path / 'in.jsonl', documents(49))
-    assert 'was prepared with source=' in run(*told, '--val_fraction=0.2', code=2, capsys=capsys).err
-    assert contents(stdlib_like) == before
-
-
-def test_strange_folders_are_refused(shards, tmp_path, capsys):
-    folder, _ = shards
-    before = contents(folder)
-    (tmp_path / 'file').write_text('')
-    write_jsonl(tmp_path / 'x.jsonl', documents(9))
-    told = ('text', f'--input={tmp_path}/x.jsonl', '--tokenizer=bytes', '--val_fraction=0.5')
-    assert run(*told, f'--data_dir={folder}', code=2, capsys=capsys).err == (
-        f'{folder} holds train_000000.bin, which was not prepared here; give another --data_dir, or move it away\n')
-    assert {k: v for k, v in contents_of_files(folder).items() if k in before} == before
-    assert 'cannot be made a folder' in run(*told, f'--data_dir={tmp_path}/file/x', code=2, capsys=capsys).err
-    (tmp_path / 'busy').mkdir()
-    with prepare.locked(tmp_path / 'busy'):
-        assert 'another process is preparing data there' in run(*told, f'--data_dir={tmp_path}/busy', code=2, capsys=capsys).err
-
-
-def contents_of_files(folder):
-    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in pathlib.Path(folder).iterdir() if f.is_file()}
-
-
-def test_no_disk_space(tmp_path, capsys, monkeypatch):
-    write_jsonl(tmp_path / 'x.jsonl', documents(50))
-    size = (tmp_path / 'x.jsonl').stat().st_size
-    monkeypatch.setattr(prepare.shutil, 'disk_usage', lambda path: type('usage', (), {'free': 100}))
-    told = ('text', f'--input={tmp_path}/x.jsonl', '--tokenizer=bytes', '--val_fraction=0.2', f'--data_dir={tmp_path}/out')
-    assert run(*told, code=2, capsys=capsys).err == (
-        f'{tmp_path}/out: about {2 * size:,} bytes needed, 100 free; free some, give a --data_dir on a larger disk, '
-        'or set --max_tokens\n')
-    assert not list((tmp_path / 'out').iterdir())
-    monkeypatch.undo()
-    run(*told, '--max_tokens=30_000')  # as the message said
-
-
-def test_full_disk_can_be_continued(tmp_path, capsys, monkeypatch):
+def test_full_disk_can_be_continued(tmp_path, monkeypatch):
     write_jsonl(tmp_path / 'x.jsonl', documents(3000))
-    told = ['text', f'--input={tmp_path}/x.jsonl', '--tokenizer=bytes', '--shard_tokens=400_000']
-    real, calls = prepare.os.fsync, []
+    told = ('text', f'--input={tmp_path}/x.jsonl', '--tokenizer=bytes', '--shard_tokens=400_000')
+    real = prepare.os.fsync
+    calls = []
 
     def full(descriptor):
         calls.append(descriptor)
-        if len(calls) == 12:
-            raise OSError(prepare.errno.ENOSPC, 'No space left on device')
+        if len(calls) == 8:
+            raise OSError(errno.ENOSPC, 'No space left on device')
         real(descriptor)
     monkeypatch.setattr(prepare.os, 'fsync', full)
-    assert 'the disk is full; free some space and run the same command again: it continues' in run(
-        *told, f'--data_dir={tmp_path}/a', code=2, capsys=capsys).err
+    assert refused(*told, f'--data_dir={tmp_path}/a') == (
+        f'{tmp_path}/a: [Errno 28] No space left on device; correct that and run the same command '
+        'again, which continues, or give another --data_dir')
     run(*told, f'--data_dir={tmp_path}/a')
     run(*told, f'--data_dir={tmp_path}/b')
     assert contents(tmp_path / 'a') == contents(tmp_path / 'b')
 
 
-def test_command_line_mistakes(tmp_path, capsys):
-    def said(*argv):
-        return run(*argv, code=2, capsys=capsys).err.strip()
-    assert said('fineweb_edy') == "unknown data set 'fineweb_edy'; did you mean 'fineweb_edu'?"
-    assert said('zzz') == "unknown data set 'zzz'; say one of fineweb_edu, text, stdlib, throughput"
-    assert said() == "unknown data set ''; say one of fineweb_edu, text, stdlib, throughput"
-    assert said('stdlib', '--shard_token=5', '--val_fraction=1').splitlines() == [
+# --- refusals -------------------------------------------------------------------------------------
+
+
+def test_finished_data_is_left_alone(tmp_path, capsys):
+    folder = small_data(tmp_path)
+    before = contents(folder)
+    told = ('text', f'--input={tmp_path}/in.jsonl', '--name=small', '--tokenizer=bytes',
+            f'--data_dir={folder}')
+    run(*told, '--val_fraction=0.2')
+    assert 'already prepared, nothing to do' in capsys.readouterr().out
+    assert 'was prepared with val_fraction=0.2, not 0.005' in refused(*told)
+    write_jsonl(tmp_path / 'in.jsonl', documents(49))
+    assert 'was prepared with source=' in refused(*told, '--val_fraction=0.2')
+    assert contents(folder) == before
+
+
+def test_strange_folders_are_refused(tmp_path):
+    unlabelled_data(tmp_path)
+    write_jsonl(tmp_path / 'x.jsonl', documents(9))
+    (tmp_path / 'file').write_text('')
+    (tmp_path / 'busy').mkdir()
+    before = contents(tmp_path)
+    told = ('text', f'--input={tmp_path}/x.jsonl', '--tokenizer=bytes', '--val_fraction=0.5')
+    assert refused(*told, f'--data_dir={tmp_path}') == (
+        f'{tmp_path} holds train_000000.bin, which was not prepared here; give another '
+        '--data_dir, or move it away')
+    assert 'Not a directory' in refused(*told, f'--data_dir={tmp_path}/file/x')
+    with prepare.locked(tmp_path / 'busy'):
+        message = refused(*told, f'--data_dir={tmp_path}/busy')
+    assert 'another process is preparing data there' in message
+    assert contents(tmp_path) == before
+
+
+def test_no_disk_space(tmp_path, monkeypatch):
+    path = write_jsonl(tmp_path / 'x.jsonl', documents(50))
+    monkeypatch.setattr(prepare.shutil, 'disk_usage', lambda path: type('usage', (), {'free': 99}))
+    told = ('text', f'--input={path}', '--tokenizer=bytes', '--val_fraction=0.2',
+            f'--data_dir={tmp_path}/out')
+    assert refused(*told) == (
+        f'{tmp_path}/out: about {2 * path.stat().st_size:,} bytes needed, 99 free; free some, give '
+        'a --data_dir on a larger disk, or set --max_tokens')
+    assert not list((tmp_path / 'out').iterdir())
+    monkeypatch.undo()
+    run(*told, '--max_tokens=30_000')  # as the message said
+
+
+def test_command_line_mistakes(capsys):
+    assert refused('fineweb_edy') == "unknown source 'fineweb_edy'; did you mean 'fineweb_edu'?"
+    assert refused('zzz') == "unknown source 'zzz'; say one of fineweb_edu, text, stdlib"
+    assert refused() == "unknown source ''; say one of fineweb_edu, text, stdlib"
+    assert refused('stdlib', '--shard_token=5', '--val_fraction=1').splitlines() == [
         "command line: unknown setting 'shard_token' (value '5'); did you mean 'shard_tokens'?",
         'val_fraction=1.0: must be above 0 and below 1']
-    assert said('stdlib', '--input=x') == "input='x': stdlib does not use it; leave it out"
-    assert said('text', '--source=x') == "source='x': text does not use it; leave it out"
-    assert said('throughput', '--input=x', '--max_tokens=9') == 'max_tokens=9: throughput does not use it; leave it out'
-    assert said('stdlib', '--name=../x') == "name='../x': use letters, digits, _ . - only, for it names a folder"
-    assert said('stdlib', '--shard_tokens=0', '--processes=-1', '--max_tokens=-1').count('must be at least') == 3
-    assert 'stdlib starts from --tokenizer=bytes --val_fraction=0.05' in run('--help', capsys=capsys).out
-
-
-def test_input_mistakes(tmp_path, capsys):
-    def said(*argv):
-        return run('text', '--tokenizer=bytes', f'--data_dir={tmp_path}/out', *argv, code=2, capsys=capsys).err.strip()
-    empty, jsonl, text, parquet = tmp_path / 'empty', tmp_path / 'x.jsonl', tmp_path / 'x.txt', tmp_path / 'x.parquet'
-    empty.mkdir()
-    assert said() == "input='': name the files or folders to read, e.g. --input=books/,more.jsonl"
-    assert said(f'--input={empty}') == f'input: folder {empty} holds no .txt, .jsonl or .parquet file'
-    assert said('--input=nowhere.txt') == 'input: nowhere.txt does not exist'
-    (tmp_path / 'x.csv').write_text('')
-    assert said(f'--input={tmp_path}/x.csv') == f'input: {tmp_path}/x.csv is none of .txt, .jsonl, .parquet'
-    text.write_text('')
-    assert said(f'--input={text}') == (
-        'text: none of the 1 documents fell into the val split (val_fraction=0.005, by hash of the text); '
-        'give more documents or another --val_fraction, e.g. 0.3')
-    assert not list((tmp_path / 'out').iterdir())
-    text.write_bytes(b'abc\xff')
-    assert said(f'--input={text}') == f'{text}: not UTF-8 at byte 3; convert it, e.g. with iconv'
-    jsonl.write_text('{"text": "a"}\n\nnot json\n')
-    assert said(f'--input={jsonl}').startswith(f'{jsonl}: line 3: not JSON (')
-    jsonl.write_text('{"text": "a"}\n{"body": "b"}\n')
-    assert said(f'--input={jsonl}') == f"{jsonl}: line 2: no 'text' string in it; correct or remove it"
-    parquet.write_text('PAR1 not really')
-    assert said(f'--input={parquet}').startswith(f'{parquet}: not a readable Parquet file (')
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-    pq.write_table(pa.table({'body': ['a'], 'id': [1]}), parquet)
-    assert said(f'--input={parquet}') == (
-        f"{parquet}: has no 'text' column of strings, only body, id; rename the column that holds it")
-    pq.write_table(pa.table({'text': ['a', None]}), parquet)
-    assert said(f'--input={parquet}') == f"{parquet}: row 1: 'text' is null; remove the row"
-
-
-def test_half_a_surrogate_pair_is_replaced(tmp_path):
-    (tmp_path / 'x.jsonl').write_text(''.join(json.dumps({'text': f'{i} \ud800 {i * i}'}) + '\n' for i in range(40)))
-    run('text', f'--input={tmp_path}/x.jsonl', '--tokenizer=bytes', '--val_fraction=0.3', f'--data_dir={tmp_path}/out')
-    text = reader.get_tokenizer('bytes').decode(whole(reader.open_data(f'{tmp_path}/out', 'text').train).tolist())
-    assert ' \ufffd ' in text
-
-
-def test_hub_out_of_reach(tmp_path):
-    child = command('fineweb_edu', f'--data_dir={tmp_path}/out', '--tokenizer=bytes', '--max_tokens=1000', HF_HUB_OFFLINE='1',
-                    HF_HOME=str(tmp_path / 'hf'))
-    _, said = child.communicate(timeout=60)
-    assert child.returncode == 2 and said.startswith('refused:\n  - HuggingFaceFW/fineweb-edu: cannot be read (')
-    assert 'check the network and run the same command again' in said
-
-
-def test_stdlib_is_english_and_repeatable(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    started = time.monotonic()
-    run('stdlib', capsys=capsys)
-    assert time.monotonic() - started < 30
-    data = reader.open_data('', 'stdlib')
-    assert data.vocab_size == 257 and 1_500_000 < data.train_tokens + data.val_tokens < 8_000_000
-    assert 0.02 < data.val_tokens / data.train_tokens < 0.12
-    text = reader.get_tokenizer('bytes').decode(data.val.read([0], data.val_tokens)[0].tolist())
-    assert text.count(' the ') > 500 and '\ufffd' not in text
-    assert sum(len(d.encode()) + 1 for d in sources.stdlib_documents()) == data.train_tokens + data.val_tokens
+    assert refused('stdlib', '--input=x') == "input='x': stdlib does not use it; leave it out"
+    assert refused('text', '--source=x') == "source='x': text does not use it; leave it out"
+    assert refused('text', '--input=x', '--val_input=y', '--val_fraction=0.1') == (
+        'val_fraction=0.1: all of val_input is validation; leave out one of the two')
+    assert refused('stdlib', '--name=../x') == (
+        "name='../x': use letters, digits, _ . - only, because it names a folder")
+    too_small = refused('stdlib', '--shard_tokens=0', '--processes=-1', '--max_tokens=-1')
+    assert too_small.count('must be at least') == 3
+    assert prepare.main(['--help']) == 0
+    said = capsys.readouterr().out
+    assert 'starts from --tokenizer=bytes --val_fraction=0.05' in said
+    assert 'text --input=FILES: files of your own' in said
