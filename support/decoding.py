@@ -73,7 +73,10 @@ class CachedReader:
 
     def __call__(self, texts):
         """What each row sees, lists of tokens -> logits (B, vocab_size) of its next token."""
-        fresh = [row for row, text in enumerate(texts) if len(text) != self.lengths[row] + 1]
+        fresh = []
+        for row, (text, length) in enumerate(zip(texts, self.lengths)):
+            if length == 0 or len(text) != length + 1:
+                fresh.append(row)
         if len(fresh) == len(texts):
             self.read(texts, self.cache)
         else:

@@ -1,0 +1,47 @@
+"""Small models for tests of attention and decoding."""
+import torch
+
+from model import GPT, GPTConfig
+
+SMALL = dict(vocab_size=131, block_size=48, n_layer=2, n_head=4, n_embd=32, loss_chunk_tokens=24)
+MLA = dict(attention='mla', latent_dim=12)
+RA = dict(ra_learned=True, ra_alpha=0.7, ra_window=5)
+CACHED = {
+    'mha': {},
+    'mha, biases': dict(bias=True),
+    'mha, rotary': dict(positions='rotary'),
+    'gqa': dict(n_kv_head=2),
+    'mqa, rotary': dict(n_kv_head=1, positions='rotary'),
+    'mla': MLA,
+    'mla, biases': dict(MLA, bias=True),
+    'mla, learned and rotary': dict(MLA, latent_rotary=6),
+    'mla, rotary': dict(MLA, positions='rotary', latent_rotary=2),
+    'mla, half rotary': dict(MLA, positions='rotary'),
+}
+RECIPROCAL = {
+    'ra': RA,
+    'ra fixed, diagonal': dict(ra_alpha=-0.6, ra_window=0),
+    'ra everywhere': dict(RA, ra_window=-1),
+    'ra, rotary': dict(RA, positions='rotary'),
+    'ra, mla': {**MLA, **RA},
+    'ra everywhere, mla, rotary': {**MLA, **RA, 'ra_window': -1, 'latent_rotary': 2},
+}
+
+
+def lively(**told):
+    """A model in eval mode whose tokens all matter to each other."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**{**SMALL, **told})).eval()
+    with torch.no_grad():
+        for name, p in model.blocks.named_parameters():
+            if p.dim() == 2 and 'mlp' not in name:
+                p.mul_(6)
+            p.add_(0.1 * torch.randn_like(p))
+    return model
+
+
+def text(model, rows=3, T=None, seed=1):
+    """Tokens (rows, T); T None: block_size."""
+    draw = torch.Generator().manual_seed(seed)
+    shape = (rows, T or model.config.block_size)
+    return torch.randint(model.config.vocab_size, shape, generator=draw)
