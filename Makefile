@@ -1,8 +1,9 @@
-# make quickstart: prepare, train, report and sample on any CPU. make test: the test suite. Both install into .venv.
+# make quickstart: prepare, train, report and sample on any CPU. make test: ruff and the test suite.
+# Both install into .venv.
 PYTHON ?= python3
 RUN := .venv/bin/python
 
-.PHONY: quickstart test
+.PHONY: quickstart test lines
 
 quickstart: .venv/installed
 	$(RUN) prepare.py stdlib
@@ -11,7 +12,12 @@ quickstart: .venv/installed
 	$(RUN) sample.py out/quickstart --prompt="The" --max_new_tokens=300
 
 test: .venv/installed-test
+	$(RUN) -m ruff check .
 	$(RUN) -m pytest -q
+
+# Lines of source, and how many of them python train.py loads.
+lines:
+	@$(PYTHON) tests/count_lines.py
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is too old: Python 3.11 or newer is needed; make PYTHON=python3.12"; exit 1; }

@@ -4,35 +4,107 @@
     torchrun --nproc_per_node=8 train.py config/vanilla_baseline.py
     python train.py --help
 
-Exit codes: 0 finished, 1 failed, 2 refused (the message says why), 3 diverged or NaN, 130 after Ctrl-C and 143 after
-SIGTERM, both saved at a step boundary. A run is continued with --init_from=resume.
+Exit codes: 0 finished, 1 failed, 2 refused (the message says why), 3 diverged or NaN, 130 after
+Ctrl-C and 143 after SIGTERM, both saved at a step boundary. --init_from=resume continues a run.
 """
 import contextlib
-import gc
 import math
 import os
 import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
-import torch._functorch.config
 import torch.distributed as dist
-from torch._dynamo.utils import counters
 
-from export import starting_weights
-from files import write_json
-from flat import accumulate, add_each, clear, flatten, gradient_norm, load_named_state, named_state
-from memory import ladder, peak_memory, ran_out
-from model import GPT, model_config
-from optim import build_optimizer, learning_rate_at
-from preflight import checkpoint_to_resume, effective_batch, is_finished, optimizer_options, preflight, table
-from prune import masked, pack_weights, sparsity_report
-from rundir import RunLog, clock, provenance, save_checkpoint
-from settings import Refused, Settings, check, help_text, parse
-from shards import window_order
+import optim
+import prune
+from export import pretrained_problems, starting_weights
+from model import ATTENTIONS, GPT, POSITIONS, model_config
+from support import preflight
+from support.checks import check
+from support.files import write_json
+from support.guards import Stop, guard_against_divergence, report_graphs, signals_noted
+from support.machine import find_machine, peak_memory
+from support.memory import rung_label, set_up_model, settings_on_rung, within_memory
+from support.preflight import effective_batch
+from support.rundir import FORMAT, TRACKERS, RunLog, clock, pack_weights, save_checkpoint
+from support.settings import Refused, help_text, parse
+from support.shards import window_order
+
+
+@dataclass
+class Settings:
+    # --- run ----------------------------------------------------------------------------
+    out_dir: str = 'out/run'  # run directory: config, log, metrics, checkpoints, summary
+    init_from: Literal['scratch', 'resume', 'auto', 'hf:PATH'] = 'scratch'  # auto: as it stands
+    # hf: the weights of a GPT-2, in a folder or by its name on the Hugging Face hub
+    seed: int = 1337  # decides weights, data order and dropout (nanoGPT's value)
+    device: str = 'auto'  # auto, cpu, cuda or cuda:N (ROCm's too); auto: GPU if there is one
+    dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'  # of the matrices; auto: by device
+    compile: bool = True  # torch.compile; proven after the first steps
+    activation_budget: float = 1.0  # share of activations kept for the backward
+    # the compiler computes the rest again
+    deterministic: bool = False  # bit-identical repetition on a GPU, slower; on a CPU always
+    tracker: Literal[*TRACKERS] = 'none'  # besides metrics.jsonl; its failure never stops a run
+    # --- data ---------------------------------------------------------------------------
+    dataset: str = 'fineweb_edu'  # name in the data's meta.json; 'unlabelled' if there is none
+    data_dir: str = ''  # folder of the token shards; empty: data/<dataset>
+    batch_size: int = 32  # sequences a micro-batch
+    gradient_accumulation_steps: int = 4  # micro-batches an update, all ranks together
+    block_size: int = 1024  # tokens a sequence (GPT-2)
+    # --- model (defaults: GPT-2 124M) ---------------------------------------------------
+    n_layer: int = 12  # blocks
+    n_head: int = 12  # attention heads a block
+    n_embd: int = 768  # width
+    dropout: float = 0.0  # probability; 0.1 in the GPT-2 paper's code
+    bias: bool = False  # in linear layers and LayerNorms; GPT-2 has them
+    positions: Literal[*POSITIONS] = 'learned'  # learned (GPT-2) or rotary (arXiv 2104.09864)
+    attention: Literal[*ATTENTIONS] = 'mha'  # multi-head (GPT-2) or latent (arXiv 2405.04434)
+    n_kv_head: int = 0  # mha: key and value heads (grouped-query, arXiv 2305.13245); 0: n_head
+    latent_dim: int = 128  # mla: width of the two latents a token
+    ra_alpha: float = 0.0  # weight of the reciprocal logits; 0: none
+    ra_window: int = 64  # tokens back that they reach; 0: a token's own, -1: all
+    ra_learned: bool = False  # a learned weight a head, which starts at ra_alpha
+    loss_chunk_tokens: int = 8192  # tokens whose logits exist at the same time
+    fp8: bool = False  # float8 products in MLP and head (arXiv 2209.05433); H100-class GPUs
+    # --- optimizer (nanoGPT's GPT-2 values, after GPT-3, arXiv 2005.14165 appendix B) ----
+    optimizer: Literal[*optim.OPTIMIZERS] = 'adamw'  # prune_score prunes under any of them
+    learning_rate: float = 6e-4  # peak
+    min_lr: float = 6e-5  # at the end of the decay
+    lr_schedule: Literal[*optim.LR_SCHEDULES] = 'cosine'  # from the peak to min_lr
+    warmup_iters: int = 2000  # updates of linear warm-up
+    lr_decay_iters: int = 0  # update at which min_lr is reached; 0: max_iters
+    max_iters: int = 50_000  # updates
+    weight_decay: float = 0.1  # a unit of learning rate, on matrices only
+    beta1: float = 0.9  # decay of the first moment
+    beta2: float = 0.95  # decay of the second moment
+    grad_clip: float = 1.0  # global gradient norm; 0: no clipping
+    # --- gradient spikes: optimizer=adamwspam ---------------------------------------------
+    spam_mode: Literal[*optim.SPAM_MODES] = 'paper'  # arXiv 2501.06842; runs of 2025; 2502.17055
+    spam_interval: int = 500  # updates between resets of the moments; 0: none
+    spam_warmup: int = 150  # updates of held-back steps after a reset
+    # --- pruning (defaults: from 30% to 95% of 50,000 updates) ----------------------------
+    prune_score: Literal['none', *prune.SCORES] = 'none'  # what a weight is worth (prune.py)
+    target_sparsity: float = 0.5  # share of the scope's weights that is pruned in the end
+    prune_scope: Literal[*optim.PRUNE_SCOPES] = 'blocks'  # their matrices; with the tied embedding
+    prune_allocation: Literal['global', 'layer'] = 'global'  # one threshold; each matrix alike
+    prune_lr_power: float = 0.0  # learning rate of the pruned over density^this
+    # 1: sparse muP, arXiv 2405.15743
+    prune_schedule: Literal[*prune.SCHEDULES] = 'zhu_gupta'  # fast first (arXiv 1710.01878)
+    prune_start: int = 15_000  # update at which the ramp begins
+    prune_end: int = 47_500  # update at which it ends and the masks are frozen
+    prune_interval: int = 100  # updates between masks
+    prune_regrow: float = -1.0  # decay of pruned weights that may come back before prune_end
+    # (SR-STE, arXiv 2102.04010); 0: plain straight-through; -1: pruned for good
+    prune_pattern: Literal['unstructured', '2:4'] = 'unstructured'  # 2:4: two of four inputs
+    # --- evaluation and logging -----------------------------------------------------------
+    eval_interval: int = 500  # updates between evaluations
+    eval_tokens: int = 1_048_576  # first tokens of the validation split; 0: all
+    log_interval: int = 10  # updates between log lines, where the host waits for the device
+    save_interval: int = 1000  # updates between last.pt checkpoints
 
 
 @dataclass
@@ -52,46 +124,38 @@ class Run:
     """Everything the functions below share."""
     settings: Settings  # as asked
     active: Settings  # in force: differs only by the out-of-memory ladder
-    machine: Any  # preflight.Machine
-    data: Any  # prepare.Data
+    machine: Any  # support.machine.Machine
+    data: Any  # support.shards.Data
     log: RunLog
     model: GPT
-    flats: list
-    optimizer: Any
+    flats: list  # optim.Flat
+    optimizer: torch.optim.Optimizer
+    pruner: prune.Pruner | None
     progress: Progress
-    add_each: Any = None  # flat.add_each, compiled or not
-    bad_step: Any = None  # 0-dim int64 on the device: first step without finite gradients, -1: none
+    bad_step: torch.Tensor  # 0-dim int64 on the device: first step without finite gradients or -1
     stop_signal: int = 0
     graphs: tuple = (0, 0)  # (compiled graphs, graph breaks) when last looked at
     graphs_before: tuple = (0, 0)  # of this process, before this model was compiled
-    mark: float = 0.0  # time of the last log step, moved on by what evaluation and saving took
-    mark_step: int = 0
     start_step: int = 0  # where this session began
     began: float = field(default_factory=time.monotonic)
+    mark: float = field(default_factory=time.monotonic)  # time of the last log step, moved on by
+    mark_step: int = 0  # what evaluation and saving took
     speed: dict = field(default_factory=dict)  # latest tokens_per_second, mfu
 
 
-class Stop(Exception):
-    """Ends the run early. reason is a word for the summary, code the exit code."""
-
-    def __init__(self, reason, code, message):
-        super().__init__(message)
-        self.reason, self.code = reason, code
-
-
-# --- the loop ----------------------------------------------------------------------------------------
+# --- the loop -------------------------------------------------------------------------------------
 
 
 def train(run):
     """From run.progress.step to max_iters; raises Stop if it must end before."""
     s, p = run.settings, run.progress
     while True:
-        if p.step % s.eval_interval == 0 or p.step == s.max_iters:
+        if p.step % s.eval_interval == 0 or p.step >= s.max_iters:
             evaluate_and_keep_best(run)
-        if p.step == s.max_iters:
+        if p.step >= s.max_iters:
             break
         loss, norm = one_step(run)
-        if p.step % s.log_interval == 0 or p.step == run.start_step + 1 or p.step == s.max_iters:
+        if p.step % s.log_interval == 0 or p.step in (run.start_step + 1, s.max_iters):
             log_step(run, loss, norm)
         if p.step % s.save_interval == 0:
             save(run)
@@ -100,58 +164,104 @@ def train(run):
 
 
 def one_step(run):
-    """One update from one effective batch: (loss, gradient norm) as tensors on the device, nothing waited for."""
-    s, p = run.settings, run.progress
+    """One update: (loss, gradient norm) as tensors on the device, nothing waited for."""
     loss = within_memory(run, local_gradients)
-    if run.machine.world > 1:
-        for tensor in [flat.parameter.main_grad for flat in run.flats] + [loss]:
-            dist.all_reduce(tensor)  # every term is already divided by the micro-batches of all ranks
-    norm = gradient_norm(run.flats)
-    finite = norm.isfinite() & loss.isfinite()
-    run.bad_step = torch.where((run.bad_step < 0) & ~finite, p.step, run.bad_step)
-    for group in run.optimizer.param_groups:
-        group['lr'] = learning_rate_at(p.step, s.learning_rate, s.min_lr, s.warmup_iters, s.lr_decay_iters or s.max_iters)
-    clip = (s.grad_clip / (norm + 1e-6)).clamp(max=1.0) if s.grad_clip else None  # as torch's clip_grad_norm_
-    run.optimizer.step(clip=clip, finite=run.bad_step < 0, norm=norm)  # from a bad step on nothing changes, until it is noticed
-    p.step += 1
+    sum_over_ranks(run, loss)
+    norm = optim.gradient_norm(run.flats)
+    note_bad_step(run, loss, norm)
+    optim.scale_gradients(run.flats, clip_factor(run, norm), run.bad_step < 0)
+    set_learning_rate(run)
+    run.optimizer.step()
+    if run.pruner:
+        run.pruner.step()
+    optim.refresh_working(run.flats)
+    run.progress.step += 1
     return loss, norm
 
 
 def local_gradients(run):
-    """This rank's share of the mean loss and its gradients: micro-batches rank, rank + world, ..."""
+    """This rank's share of the mean loss and its gradients: micro-batches rank, rank + world ..."""
     s, p = run.active, run.progress
     total = torch.zeros((), device=run.machine.device)
     run.model.train()
-    clear(run.flats)
+    optim.clear(run.flats)
+    fuse = s.compile and run.machine.device.type == 'cuda'  # on a CPU it is no faster
+    add = optim.compiled(optim.add_each) if fuse else optim.add_each
     for micro in range(run.machine.rank, s.gradient_accumulation_steps, run.machine.world):
-        first = p.step * effective_batch(s) + micro * s.batch_size
-        order = window_order(range(first, first + s.batch_size), run.data.train.windows(s.block_size), s.seed)
-        idx, targets = inputs_and_targets(run.machine.device, run.data.train, order, s.block_size)  # each (B, T)
-        # Dropout is a function of (seed, step, micro-batch), so it needs no state to resume and no rank to be the same.
-        torch.manual_seed(s.seed + 1_000_003 * (1 + p.step * s.gradient_accumulation_steps + micro))
+        idx, targets = training_batch(run, micro)  # (B, T) each
+        # Dropout is a function of (seed, step, micro-batch), so it needs no state to resume.
+        number = 1 + p.step * s.gradient_accumulation_steps + micro
+        torch.manual_seed(s.seed + 1_000_003 * number)
         loss = run.model(idx, targets) / s.gradient_accumulation_steps
         loss.backward()
-        accumulate(run.flats, run.add_each)
+        optim.accumulate(run.flats, add)
         total += loss.detach()
     return total
 
 
+def training_batch(run, micro):
+    """Tokens (B, T) and their successors (B, T) of a micro-batch, a function of (seed, step)."""
+    s = run.active
+    stream = run.data.train
+    first = run.progress.step * effective_batch(s) + micro * s.batch_size
+    positions = range(first, first + s.batch_size)
+    windows = window_order(positions, stream.windows(s.block_size), s.seed)
+    return inputs_and_targets(run.machine.device, stream, windows, s.block_size)
+
+
 def inputs_and_targets(device, stream, windows, T):
-    """Numbers of B windows -> their tokens (B, T) and the successors of these (B, T), int64 on the device."""
+    """Numbers of B windows -> tokens (B, T) and their successors (B, T), int64 on the device."""
     tokens = torch.from_numpy(stream.read([w * T for w in windows], T + 1))  # (B, T + 1)
     if device.type == 'cuda':
         tokens = tokens.pin_memory().to(device, non_blocking=True)
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
-# --- evaluation --------------------------------------------------------------------------------------
+def sum_over_ranks(run, loss):
+    """Add up gradients and loss; each is already divided by the micro-batches of all ranks."""
+    if run.machine.world > 1:
+        for tensor in [flat.grads for flat in run.flats] + [loss]:
+            dist.all_reduce(tensor)
+
+
+def note_bad_step(run, loss, norm):
+    """Remember the first step whose loss or gradient is not finite; read at the next log step."""
+    finite = norm.isfinite() & loss.isfinite()
+    is_first = (run.bad_step < 0) & ~finite
+    run.bad_step = torch.where(is_first, run.progress.step, run.bad_step)
+
+
+def clip_factor(run, norm):
+    """What the gradients are scaled by, 0-dim, as in torch's clip_grad_norm_."""
+    if run.settings.grad_clip == 0:
+        return torch.ones_like(norm)
+    return (run.settings.grad_clip / (norm + 1e-6)).clamp(max=1.0)
+
+
+def learning_rate(s, step):
+    """Learning rate of update `step`, counted from 0."""
+    decay_iters = s.lr_decay_iters or s.max_iters
+    return optim.learning_rate_at(step, s.learning_rate, s.min_lr, s.warmup_iters, decay_iters,
+                                  s.lr_schedule)
+
+
+def set_learning_rate(run):
+    rate = learning_rate(run.settings, run.progress.step)
+    for group in run.optimizer.param_groups:
+        group['lr'] = rate
+        if run.pruner:
+            group['lr'] *= run.pruner.rate_factor(group)
+
+
+# --- evaluation -----------------------------------------------------------------------------------
 
 
 def evaluate(run):
-    """Mean loss over the first eval_tokens of the validation split, every rank its share: a 0-dim float64 tensor."""
-    s, m, stream = run.active, run.machine, run.data.val
-    windows = s.eval_tokens // s.block_size or stream.windows(s.block_size)
-    total = within_memory(run, lambda run: local_validation_loss(run, range(m.rank, windows, m.world)))
+    """Mean loss over the first eval_tokens of the validation split: a 0-dim float64 tensor."""
+    s, m = run.active, run.machine
+    windows = s.eval_tokens // s.block_size or run.data.val.windows(s.block_size)
+    mine = range(m.rank, windows, m.world)
+    total = within_memory(run, lambda run: local_validation_loss(run, mine))
     if m.world > 1:
         dist.all_reduce(total)
     return total / windows
@@ -159,15 +269,15 @@ def evaluate(run):
 
 @torch.no_grad()
 def local_validation_loss(run, windows):
-    """Sum of the losses of these windows. The last batch is filled up with unscored rows: one shape, one graph."""
-    s, stream = run.active, run.data.val
+    """Sum of the losses of these windows; unscored rows fill up the last batch: one shape."""
+    s = run.active
     total = torch.zeros((), dtype=torch.float64, device=run.machine.device)
     run.model.eval()
     for i in range(0, len(windows), s.batch_size):
         chosen = list(windows[i:i + s.batch_size])
         filled = chosen + [chosen[-1]] * (s.batch_size - len(chosen))
-        idx, targets = inputs_and_targets(run.machine.device, stream, filled, s.block_size)
-        targets[len(chosen):] = -1
+        idx, targets = inputs_and_targets(run.machine.device, run.data.val, filled, s.block_size)
+        targets[len(chosen):] = -1  # not scored
         total += run.model(idx, targets).double() * len(chosen)
     return total
 
@@ -178,182 +288,123 @@ def evaluate_and_keep_best(run):
     with paused(run):
         stop_if_bad(run)
         p.val_loss = evaluate(run).item()
-        record = dict(step=p.step, val_loss=p.val_loss, val_ppl=perplexity(p.val_loss), sparsity=sparsity(run)[0])
-        run.log.say(f'step {p.step:>6}/{s.max_iters}  validation loss {p.val_loss:.4f}  perplexity {record["val_ppl"]:.2f}')
-        run.log.measure(record)
-        if p.val_loss < p.best_val_loss and getattr(run.optimizer, 'frozen', True):  # a best of half-pruned weights is of no use
+        perplexity = perplexity_of(p.val_loss)
+        run.log.say(f'step {p.step:>6}/{s.max_iters}  validation loss {p.val_loss:.4f}  '
+                    f'perplexity {perplexity:.2f}')
+        run.log.measure(dict(step=p.step, val_loss=p.val_loss, val_ppl=perplexity,
+                             sparsity=sparsity(run)))
+        half_pruned = run.pruner and not run.pruner.frozen  # a best of those is of no use
+        if p.val_loss < p.best_val_loss and not half_pruned:
             p.best_val_loss = p.val_loss
-            if run.log.write and p.step > 0:
-                content = {**identity(run), 'weights': weights_as_used(run), 'val_loss': p.val_loss, 'step': p.step}
-                save_checkpoint(os.path.join(s.out_dir, 'best.pt'), content)
+            if p.step > 0 and run.log.write:
+                save_best(run)
 
 
-def weights_as_used(run):
-    """For best.pt: float32 masters, or of a pruned run what the model reads, the pruned matrices as bits and kept values."""
-    named = named_state(run.flats, run.optimizer)
-    return pack_weights(masked(named['weights'], named['mask']), named['mask'], run.machine.dtype) if 'mask' in named else named['weights']
+def save_best(run):
+    """best.pt: float32 weights, or pruned ones as the model reads them, stored sparse."""
+    weights = weights_of(run)
+    if run.pruner:
+        weights = pack_weights(weights, named_masks(run), run.machine.dtype)
+    path = os.path.join(run.settings.out_dir, 'best.pt')
+    save_checkpoint(path, {**identity(run), 'weights': weights})
+
+
+def weights_of(run):
+    """{name: float32 master} of all parameters, 0 where pruned."""
+    return {name: p.detach() for flat in run.flats for name, p in flat.parameters.items()}
+
+
+def named_masks(run):
+    """{name: bool tensor, True = keep} of the pruned matrices."""
+    if not run.pruner:
+        return {}
+    names = {p: name for flat in run.flats for name, p in flat.parameters.items()}
+    return {names[p]: mask for p, mask in run.pruner.masks.items()}
 
 
 def sparsity(run):
-    """(share of the scope's weights that is pruned, share of all parameters), known without asking the device."""
-    return getattr(run.optimizer, 'sparsity', 0.0), run.optimizer.shared.get('pruned', 0) / run.model.parameter_count()
+    """Share of the scope's weights that is pruned, known without asking the device."""
+    return run.pruner.sparsity if run.pruner else 0.0
 
 
-def perplexity(loss):
+def perplexity_of(loss):
     return math.exp(loss) if loss < 700 else math.inf
 
 
 @contextlib.contextmanager
 def paused(run):
     """Time spent inside does not count for tokens_per_second."""
-    synchronize(run)
+    if run.machine.device.type == 'cuda':
+        torch.cuda.synchronize(run.machine.device)
     start = time.monotonic()
     yield
     run.mark += time.monotonic() - start
 
 
-def synchronize(run):
-    if run.machine.device.type == 'cuda':
-        torch.cuda.synchronize(run.machine.device)
-
-
-# --- logging and guards, at log steps only -----------------------------------------------------------
+# --- logging and guards, at log steps only --------------------------------------------------------
 
 
 def log_step(run, loss, norm):
     """One line, one record; then everything that needs the device's numbers on the host."""
     s, p, m = run.settings, run.progress, run.machine
-    loss, norm = loss.item(), norm.item()
+    loss = loss.item()
     stop_if_bad(run)
-    now, steps = time.monotonic(), p.step - run.mark_step
-    seconds = (now - run.mark) / steps
+    now = time.monotonic()
+    seconds = (now - run.mark) / (p.step - run.mark_step)  # a step
+    run.mark, run.mark_step = now, p.step
     rate = effective_batch(s) * s.block_size / seconds
-    mfu = rate * run.model.flops_per_token() / (m.peak_flops * m.world) if m.peak_flops else None
-    run.speed, run.mark, run.mark_step = dict(tokens_per_second=rate, mfu=mfu), now, p.step
-    lr, memory = run.optimizer.param_groups[0]['lr'], peak_memory(m.device)
-    run.log.measure(dict(step=p.step, tokens=p.step * effective_batch(s) * s.block_size, loss=loss, grad_norm=norm, lr=lr,
-                         **run.speed, peak_memory_bytes=memory, sparsity=sparsity(run)[0], spikes=spikes(run), seconds=elapsed(run)))
-    run.log.say(f'step {p.step:>6}  loss {loss:7.4f}  norm {norm:5.2f}  lr {lr:.1e}  {rate / 1e3:6.1f}k tok/s  '
-                + (f'mfu {mfu:5.1%}  ' if mfu else '') + f'{memory / 2**30:4.1f} GiB  eta {clock(seconds * (s.max_iters - p.step))}')
+    mfu = None
+    if m.peak_flops:
+        mfu = rate * run.model.flops_per_token() / (m.peak_flops * m.world)
+    run.speed = dict(tokens_per_second=rate, mfu=mfu)
+    memory = peak_memory(m.device)
+    lr = learning_rate(s, p.step - 1)
+    run.log.measure(dict(
+        step=p.step, tokens=p.step * effective_batch(s) * s.block_size, loss=loss,
+        grad_norm=norm.item(), lr=lr, **run.speed, peak_memory_bytes=memory['allocated'],
+        sparsity=sparsity(run), spikes=spikes(run).get('spikes', 0), seconds=elapsed(run)))
+    told = f'mfu {mfu:5.1%}  ' if mfu else ''
+    run.log.say(f'step {p.step:>6}  loss {loss:7.4f}  norm {norm.item():5.2f}  lr {lr:.1e}  '
+                f'{rate / 1e3:6.1f}k tok/s  {told}{memory["allocated"] / 2**30:4.1f} GiB  '
+                f'eta {clock(seconds * (s.max_iters - p.step))}')
     report_graphs(run)
-    if p.step % s.log_interval == 0:  # not at the odd first and last step of a session: where it is split must not matter
+    if p.step % s.log_interval == 0:  # where a run is split into sessions must not matter
         guard_against_divergence(run, loss)
 
 
 def spikes(run):
-    """Updates so far on which the optimizer met a gradient spike."""
-    return run.optimizer.counters()['spikes'] if hasattr(run.optimizer, 'counters') else 0
+    """{'spikes', 'clipped', 'resets'} so far, of an optimizer that counts them."""
+    return run.optimizer.counters() if isinstance(run.optimizer, optim.AdamWSPAM) else {}
 
 
 def elapsed(run):
     return run.progress.seconds + time.monotonic() - run.began
 
 
-NOTHING_COMPILED = 'compile=True, but nothing was compiled; unset TORCHDYNAMO_DISABLE and TORCH_COMPILE_DISABLE, or use --compile=False'
-
-
-def count_graphs():
-    """(graphs compiled, graph breaks) in this process, as Dynamo counts them."""
-    return counters['stats']['unique_graphs'], sum(counters['graph_break'].values())
-
-
-def report_graphs(run):
-    """Proof of compile: what was compiled is read back, not assumed."""
-    now = tuple(a - b for a, b in zip(count_graphs(), run.graphs_before))
-    if run.active.compile and now[0] == 0:
-        raise Refused(NOTHING_COMPILED)
-    if now != run.graphs:
-        run.graphs = now
-        run.log.say(f'compiled graphs {now[0]}, graph breaks {now[1]}')
-
-
 def stop_if_bad(run):
     step = run.bad_step.item()
     if step >= 0:
-        run.progress.step = step  # nothing was updated since
-        raise Stop('nan', 3, f'step {step + 1}: the loss or its gradient is not finite; the run stopped before that update. Likely a '
-                             'learning rate too high or a bad batch; the last checkpoint is from before it')
+        run.progress.step = step  # gradients have been 0 since
+        raise Stop('nan', 3, f'step {step + 1}: the loss or its gradient is not finite; the run '
+                             'stopped before that update. Likely a learning rate too high or a '
+                             'bad batch; the last checkpoint is from before it')
 
 
-def guard_against_divergence(run, loss):
-    """Stop once the loss has stayed diverge_nats above its running best for diverge_steps."""
-    s, p = run.settings, run.progress
-    p.lowest_loss = min(p.lowest_loss, loss)
-    if loss <= p.lowest_loss + s.diverge_nats:
-        p.above_since = -1
-    elif p.above_since < 0:
-        p.above_since = p.step
-        run.log.say(f'WARNING: loss {loss:.3f} is more than {s.diverge_nats} nat above its best {p.lowest_loss:.3f}; nothing is '
-                    'saved until it is back')
-    elif p.step - p.above_since >= s.diverge_steps:
-        cause = 'gradients are clipped off (grad_clip=0)' if s.grad_clip == 0 else f'learning_rate={s.learning_rate:g} is too high or ' \
-            f'warmup_iters={s.warmup_iters} too short for this model'
-        raise Stop('diverged', 3, f'step {p.step}: diverged, loss {loss:.3f} has been more than {s.diverge_nats} nat above its best '
-                                  f'{p.lowest_loss:.3f} since step {p.above_since}. Likely cause: {cause}. The last good checkpoint stays')
-
-
-# --- out-of-memory ladder ----------------------------------------------------------------------------
-
-
-def within_memory(run, work):
-    """work(run), stepping down the ladder each time memory runs out."""
-    while True:
-        failure = None
-        try:
-            result = work(run)
-        except RuntimeError as error:
-            if 'found no compiled frames' in str(error):  # newer PyTorch with TORCH_COMPILE_DISABLE=1
-                raise Refused(NOTHING_COMPILED) from None
-            if not ran_out(error):
-                raise
-            failure = '. '.join(str(error).splitlines()[0].split('. ')[:2]).rstrip('.') + '.'  # torch goes on about the allocator
-        if run.machine.world > 1 and run.progress.step == run.start_step:  # agreed on in the first step of a session only:
-            failed = torch.tensor(float(failure is not None), device=run.machine.device)
-            dist.all_reduce(failed)  # it waits for the device
-            failure = (failure or 'another rank ran out of memory') if failed.item() else None
-        if failure is None:
-            return result
-        step_down(run, failure)  # not inside `except`: the error keeps the tensors of its frames alive
-
-
-def step_down(run, failure):
-    s, p = run.settings, run.progress
-    rungs = ladder(s)
-    if s.oom == 'fail' or p.rung + 1 == len(rungs) or (run.machine.world > 1 and p.step > run.start_step):
-        raise Stop('out of memory', 1, f'step {p.step + 1}: {failure} No further rung is allowed or left (oom={s.oom!r})')
-    p.rung += 1
-    label, changes = rungs[p.rung]
-    run.active = replace(s, **changes)
-    run.log.say(f'OUT OF MEMORY at step {p.step + 1} ({failure}) Rung {p.rung} of {len(rungs) - 1}: {label}; the effective batch stays '
-                f'{effective_batch(run.active)}')
-    set_up_model(run)
-
-
-def set_up_model(run):
-    """The model as run.active wants it: chunk size, compiled or not."""
-    torch._dynamo.reset()
-    gc.collect()
-    if run.machine.device.type == 'cuda':
-        torch.cuda.empty_cache()
-    run.model.config.loss_chunk_tokens = run.active.loss_chunk_tokens
-    run.model.uncompile_parts()
-    run.optimizer.set_compiled(run.active.compile)
-    fuse = run.active.compile and run.machine.device.type == 'cuda'  # on a CPU the compiled one is no faster
-    run.add_each = torch.compile(add_each, fullgraph=True, dynamic=False) if fuse else add_each
-    if run.active.compile:
-        torch._functorch.config.activation_memory_budget = run.active.activation_budget
-        run.model.compile_parts()
-    run.graphs, run.graphs_before = (0, 0), count_graphs()
-
-
-# --- saving and stopping -----------------------------------------------------------------------------
+# --- saving and stopping --------------------------------------------------------------------------
 
 
 def identity(run):
-    """What a checkpoint says of where it is from."""
+    """What a checkpoint says of where it is from. `model` is all that reading it needs."""
     data = run.data
-    return dict(format='nanoprune 1', settings=asdict(run.settings), fingerprint=data.fingerprint,
-                data=dict(name=data.name, tokenizer=data.tokenizer, vocab_size=data.vocab_size))
+    return dict(
+        format=FORMAT,
+        model=asdict(run.model.config),
+        settings=asdict(run.settings),
+        data=dict(name=data.name, tokenizer=data.tokenizer, vocab_size=data.vocab_size),
+        fingerprint=data.fingerprint,
+        step=run.progress.step,
+        val_loss=run.progress.val_loss,
+    )
 
 
 def save(run):
@@ -361,12 +412,18 @@ def save(run):
     with paused(run):
         stop_if_bad(run)
         if run.log.write and run.progress.above_since < 0:
-            content = {**identity(run), 'progress': asdict(replace(run.progress, seconds=elapsed(run)))}
-            save_checkpoint(os.path.join(run.settings.out_dir, 'last.pt'), {**content, **named_state(run.flats, run.optimizer)})
+            path = os.path.join(run.settings.out_dir, 'last.pt')
+            save_checkpoint(path, {
+                **identity(run),
+                'progress': asdict(replace(run.progress, seconds=elapsed(run))),
+                'weights': weights_of(run),
+                'optimizer': run.optimizer.state_dict(),
+                'pruner': run.pruner.state_dict() if run.pruner else None,
+            })
 
 
 def stop_if_signalled(run):
-    """After SIGTERM or Ctrl-C: save and stop. Several ranks agree at log steps, where they wait for each other anyway."""
+    """After SIGTERM or Ctrl-C: save and stop. Several ranks agree at log steps, where they wait."""
     stop = run.stop_signal
     if run.machine.world > 1:
         if run.mark_step != run.progress.step:
@@ -379,63 +436,119 @@ def stop_if_signalled(run):
         if run.machine.world > 1:
             dist.barrier()  # torchrun kills the others as soon as one has ended
         name, step = signal.Signals(stop).name, run.progress.step
-        told = f'saved at step {step}' if run.progress.above_since < 0 else f'not saved at step {step}, for its loss is too high'
-        raise Stop(name.lower(), 128 + stop, f'{name}: {told}; continue with --init_from=resume')
-
-
-@contextlib.contextmanager
-def signals_noted(run):
-    """SIGTERM and Ctrl-C are remembered for the next step boundary; a second one acts at once."""
-    def note(number, frame):
-        run.stop_signal = number
-        for each in before:
-            signal.signal(each, before[each])
-
-    before = {each: signal.signal(each, note) for each in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for each in before:
-            signal.signal(each, before[each])
+        told = f'saved at step {step}'
+        if run.progress.above_since >= 0:
+            told = f'not saved at step {step}, because its loss is too high'
+        raise Stop(name.lower(), 128 + stop,
+                   f'{name}: {told}; continue with --init_from=resume')
 
 
 def write_summary(run, reason):
     """summary.json, whatever way the run ended."""
     s, p = run.settings, run.progress
-    in_scope, in_all = sparsity(run)
-    layers = sparsity_report({}, named_state(run.flats, run.optimizer).get('mask', {}))['layers']
+    memory = peak_memory(run.machine.device)
+    pruned = run.pruner.pruned if run.pruner else 0
+    layers = run.pruner.sparsity_by_name() if run.pruner else {}
     if run.log.write:
         write_json(os.path.join(s.out_dir, 'summary.json'), dict(
-            steps=p.step, tokens=p.step * effective_batch(s) * s.block_size, val_loss=p.val_loss, val_ppl=perplexity(p.val_loss),
-            best_val_loss=p.best_val_loss, sparsity=in_scope, sparsity_all=in_all, sparsity_by_layer=layers,
+            steps=p.step, tokens=p.step * effective_batch(s) * s.block_size,
+            val_loss=p.val_loss, val_ppl=perplexity_of(p.val_loss),
+            best_val_loss=p.best_val_loss, sparsity=sparsity(run),
+            sparsity_all=pruned / run.model.parameter_count(), sparsity_by_layer=layers,
             tokens_per_second=run.speed.get('tokens_per_second'), mfu=run.speed.get('mfu'),
-            peak_memory_bytes=peak_memory(run.machine.device), compiled_graphs=run.graphs[0], graph_breaks=run.graphs[1],
-            rung=p.rung, rung_label=ladder(s)[p.rung][0], effective_batch=effective_batch(s), parameters=run.model.parameter_count(),
-            dataset=run.data.name, fingerprint=run.data.fingerprint, seconds=elapsed(run), exit_reason=reason,
-            **getattr(run.optimizer, 'counters', dict)()))
+            peak_memory_bytes=memory['allocated'], peak_reserved_bytes=memory['reserved'],
+            compiled_graphs=run.graphs[0], graph_breaks=run.graphs[1],
+            rung=p.rung, rung_label=rung_label(run), effective_batch=effective_batch(s),
+            parameters=run.model.parameter_count(), dataset=run.data.name,
+            fingerprint=run.data.fingerprint, seconds=elapsed(run), exit_reason=reason,
+            **spikes(run)))
 
 
-# --- from settings to a run --------------------------------------------------------------------------
+# --- from settings to a run -----------------------------------------------------------------------
+
+
+def build_optimizer(s, flats):
+    """(optimizer, pruner or None) over flattened parameters. ValueError: what they refuse."""
+    groups = optim.parameter_groups(flats, s.weight_decay, s.prune_scope)
+    optimizer = optim.OPTIMIZERS[s.optimizer](groups, s, flats, s.compile)
+    if s.prune_score == 'none':
+        return optimizer, None
+    spam = isinstance(optimizer, optim.AdamWSPAM)
+    pruner = prune.Pruner(
+        optimizer, score=s.prune_score, target_sparsity=s.target_sparsity, start=s.prune_start,
+        end=s.prune_end, interval=s.prune_interval, schedule=s.prune_schedule,
+        regrow=s.prune_regrow >= 0, srste=max(0.0, s.prune_regrow), pattern=s.prune_pattern,
+        allocation=s.prune_allocation, lr_power=s.prune_lr_power,
+        allow_extra_memory=True,  # the preflight table says what bitter10 takes
+        hold=optimizer.recovering if spam else None)
+    return optimizer, pruner
+
+
+def problems_when_built(s, data):
+    """(problems, bytes that the checkpoints need), found by building everything without memory."""
+    try:
+        with torch.device('meta'):
+            model = GPT(model_config(s, data.vocab_size))
+            build_optimizer(s, optim.flatten(model, torch.float32))
+    except ValueError as error:
+        return [str(error)], 0
+    return [], model.parameter_count() * 4 * (3 + 1) * 2  # each beside the one it replaces
+
+
+def read_settings(argv):
+    """(settings, machine, data) of a command line, or Refused with every problem at once."""
+    s, problems, typed = parse(Settings, argv)
+    problems += check(s, typed)
+    machine, more = find_machine(s.device, s.dtype)
+    problems += more + preflight.check_machine(s, machine)
+    data, more = preflight.find_data(s)
+    problems += more + pretrained_problems(s, data)
+    bytes_needed = 0
+    if not problems:
+        problems, bytes_needed = problems_when_built(s, data)
+    problems += preflight.check_out_dir(s, bytes_needed)
+    if problems:
+        raise Refused(problems)
+    return s, machine, data
+
+
+def prepare_run(argv):
+    """A Run ready to train, as the command line wants it. Refused: impossible; Stop: finished."""
+    s, machine, data = read_settings(argv)
+    if preflight.is_finished(s):
+        raise Stop('finished', 0, f'{s.out_dir} holds this run, finished; nothing to do')
+    saved = preflight.checkpoint_to_resume(s, data)
+    if s.deterministic:
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # cuBLAS repeats itself with it
+    if machine.device.type == 'cuda':
+        torch.cuda.set_device(machine.device)
+    if machine.world > 1 and not dist.is_initialized():
+        dist.init_process_group('nccl' if machine.device.type == 'cuda' else 'gloo')
+    return build(s, machine, data, saved)
 
 
 def build(s, machine, data, saved):
-    """A Run ready to train, its weights from the seed or from the checkpoint `saved`."""
+    """A Run, its weights from the seed, from a GPT-2 or from the checkpoint `saved`."""
     torch.use_deterministic_algorithms(s.deterministic)
     torch.manual_seed(s.seed)
     model = GPT(model_config(s, data.vocab_size))  # on the CPU: the same weights for every device
-    saved_or_new = saved or {'weights': starting_weights(s, model)}
-    flats = flatten(model.to(machine.device), machine.dtype)
-    progress = Progress(**saved['progress']) if saved else Progress()
-    if saved and ladder(s) != ladder(Settings(**saved['settings'])):
-        progress.rung = 0  # it counts on the old ladder
-    active = replace(s, **ladder(s)[progress.rung][1])
-    optimizer = build_optimizer(flats, lr=s.learning_rate, betas=(s.beta1, s.beta2), eps=s.eps, weight_decay=s.weight_decay,
-                                **optimizer_options(s, model))
-    load_named_state(flats, optimizer, saved_or_new, step=progress.step)
-    log = RunLog(s.out_dir, s.tracker, asdict(s), keep_until=progress.step if saved else None, write=machine.rank == 0)
+    model.load_state_dict(saved['weights'] if saved else starting_weights(s, model))
+    flats = optim.flatten(model.to(machine.device), machine.dtype)
+    optimizer, pruner = build_optimizer(s, flats)
+    progress = Progress()
+    if saved:
+        progress = Progress(**saved['progress'])
+        optimizer.load_state_dict(saved['optimizer'])
+        if pruner:
+            pruner.load_state_dict(saved['pruner'])
+        if saved['settings']['batch_size'] != s.batch_size:
+            progress.rung = 0  # it counts on the old ladder
+    active = settings_on_rung(s, progress.rung)
+    keep_until = progress.step if saved else None
+    log = RunLog(s.out_dir, s.tracker, asdict(s), keep_until, write=machine.rank == 0)
     bad_step = torch.full((), -1, dtype=torch.int64, device=machine.device)
-    run = Run(s, active, machine, data, log, model, flats, optimizer, progress, bad_step=bad_step, mark_step=progress.step,
-              start_step=progress.step)
+    run = Run(s, active, machine, data, log, model, flats, optimizer, pruner, progress, bad_step,
+              mark_step=progress.step, start_step=progress.step)
     set_up_model(run)
     return run
 
@@ -445,24 +558,12 @@ def main(argv):
     if '--help' in argv:
         print(help_text(Settings, __doc__))
         return 0
-    s, problems = parse(Settings, argv)
-    machine, data = preflight(s, problems + check(s))
-    if is_finished(s):
-        print(f'{s.out_dir} holds this run, finished; nothing to do')
-        return 0
-    saved = checkpoint_to_resume(s, data)
-    if s.deterministic:
-        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # cuBLAS repeats itself only with this
-    if machine.device.type == 'cuda':
-        torch.cuda.set_device(machine.device)
-    if machine.world > 1 and not dist.is_initialized():
-        dist.init_process_group('nccl' if machine.device.type == 'cuda' else 'gloo')
-    run = build(s, machine, data, saved)
-    run.log.say(table(s, machine, data, run.model, run.progress.step))
-    if run.log.write:
-        write_json(os.path.join(s.out_dir, 'config.json'), dict(
-            settings=asdict(s), data=identity(run)['data'], fingerprint=data.fingerprint, device=machine.name,
-            dtype=str(machine.dtype)[6:], processes=machine.world, **provenance()))
+    try:
+        run = prepare_run(argv)
+    except Stop as stop:
+        print(stop)
+        return stop.code
+    preflight.announce(run)
     return finish(run)
 
 
@@ -474,8 +575,10 @@ def finish(run):
         with signals_noted(run):
             train(run)
         reason, code = 'finished', 0
-        run.log.say(f'finished: validation loss {run.progress.val_loss:.4f}, perplexity {perplexity(run.progress.val_loss):.2f}, '
-                    f'in {clock(elapsed(run))}; {run.settings.out_dir}')
+        p = run.progress
+        run.log.say(f'finished: validation loss {p.val_loss:.4f}, perplexity '
+                    f'{perplexity_of(p.val_loss):.2f}, in {clock(elapsed(run))}; '
+                    f'{run.settings.out_dir}')
     except Stop as stop:
         reason, code = stop.reason, stop.code
         run.log.say(str(stop))

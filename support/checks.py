@@ -72,6 +72,8 @@ def check_shapes(s, require):
 
 def check_pruning(s, require):
     """A ramp that does not fit into the run. The rest is found by building the Pruner."""
+    require(s.prune_regrow >= 0 or s.prune_regrow == -1, 'prune_regrow',
+            'must be at least 0, or -1 for pruned for good')
     if s.prune_score == 'none':
         return
     start = s.max_iters * 3 // 10

@@ -128,6 +128,9 @@ def checkpoint_to_resume(s, data):
     if 'progress' not in saved:
         raise Refused(f'{path} holds weights only, like a best.pt: not enough to resume from; '
                       'restore the last.pt of this run')
+    unknown = sorted(set(saved['settings']) - set(vars(s)))
+    if unknown:
+        print(f'note: {path} has settings that this version does not know: {", ".join(unknown)}')
     defaults = vars(type(s)())
     before = {**defaults, **saved['settings']}  # a setting newer than the run had its default
     now = {key: value for key, value in vars(s).items() if key not in FREE_ON_RESUME}
@@ -207,19 +210,17 @@ def table(s, machine, data, run_lines):
 
 def attention_row(s, machine, config):
     """What attention is, and the name of the kernels that run it."""
-    kernel = attention_backend(config, s.batch_size, machine.device, machine.dtype)
     parts = [f'{s.positions} positions']
     if s.attention == 'mla':
         parts.append(f'latent, 2 x {s.latent_dim} wide')
     elif s.n_kv_head:
         parts.append(f'{s.n_kv_head} key and value heads')
     if is_reciprocal(s):
-        reach = 'all earlier tokens' if s.ra_window < 0 else f'{s.ra_window} tokens back'
         weight = 'learned from' if s.ra_learned else 'times'
-        parts.append(f'reciprocal over {reach}, {weight} {s.ra_alpha:g}')
+        parts.append(f'reciprocal over ra_window={s.ra_window}, {weight} {s.ra_alpha:g}')
+    kernel = attention_backend(config, s.batch_size, machine.device, machine.dtype)
     if kernel == 'math' and machine.device.type == 'cuda':
-        kernel = ('math: UNFUSED, slow and O(block_size^2) memory; bfloat16 and another head width '
-                  'have fused kernels')
+        kernel = 'math: UNFUSED, slow and O(block_size^2) memory; try bfloat16, another head width'
     return '; '.join([*parts, kernel])
 
 
@@ -227,21 +228,14 @@ def pruning_row(s, scope_size):
     """What pruning will do and when. scope_size: prunable weights."""
     if s.prune_score == 'none':
         return 'none'
-    alike = ', each matrix alike' if s.prune_allocation == 'layer' else ''
-    good = 'regrowing until the end of the ramp' if s.prune_regrow >= 0 else 'for good'
-    when = (f'{s.prune_schedule} from step {s.prune_start} to {s.prune_end} every '
-            f'{s.prune_interval}')
-    last = s.prune_end
-    if s.prune_pattern == '2:4' and s.prune_regrow < 0:
-        when = f'all at step {s.prune_start}'
-        last = s.prune_start
-    rate = ''
-    if s.prune_lr_power:
-        factor = (1 - s.target_sparsity) ** -s.prune_lr_power
-        rate = f'; learning rate / density^{s.prune_lr_power:g}, in the end x {factor:.3g}'
+    when = f'{s.prune_schedule} from step {s.prune_start} to {s.prune_end} every {s.prune_interval}'
+    if s.prune_pattern == '2:4':
+        when = f'2:4 from step {s.prune_start}'
+    good = 'for good' if s.prune_regrow < 0 else 'regrowing until prune_end'
+    factor = (1 - s.target_sparsity) ** -s.prune_lr_power
     return (f'{s.target_sparsity:.1%} of the {scope_size:,} weights of {s.prune_scope} by '
-            f'{s.prune_score}, {s.prune_pattern}{alike}, {good}; {when}, then '
-            f'{s.max_iters - last} steps of recovery{rate}')
+            f'{s.prune_score} ({s.prune_allocation}), {when}, {good}; their learning rate x '
+            f'{factor:.3g} in the end')
 
 
 def notes_on(s, machine, epochs):

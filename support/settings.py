@@ -11,7 +11,6 @@ import math
 import os
 import re
 import sys
-import types
 from typing import Literal, get_args, get_origin
 
 
@@ -115,7 +114,7 @@ def read_config(path):
             source = f.read()
     except (OSError, UnicodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        hint = did_you_mean(path, configs_beside(path))
+        hint = did_you_mean(os.path.basename(path), configs_beside(path))
         raise ValueError(f"config file '{path}' cannot be read: {reason}{hint}") from None
     names = {}
     try:
@@ -124,20 +123,19 @@ def read_config(path):
         raise ValueError(f"config file '{path}' line {error.lineno}: {error.msg}") from None
     except Exception as error:  # whatever the file's code raises
         raise ValueError(f"config file '{path}': {type(error).__name__}: {error}") from None
-    private = (types.ModuleType, types.FunctionType, type)
     return {
         key: value for key, value in names.items()
-        if not key.startswith('_') and not isinstance(value, private)
+        if not key.startswith('_') and not callable(value) and not inspect.ismodule(value)
     }
 
 
 def configs_beside(path):
-    """Paths of the .py files in the folder of `path`."""
+    """Names of the other .py files in the folder of `path`."""
     folder = os.path.dirname(path) or '.'
     if not os.path.isdir(folder):
         return []
-    names = [name for name in sorted(os.listdir(folder)) if name.endswith('.py')]
-    return [os.path.join(folder, name) for name in names]
+    names = set(os.listdir(folder)) - {os.path.basename(path)}
+    return sorted(name for name in names if name.endswith('.py'))
 
 
 def parse(cls, argv, config_files=True):
@@ -190,7 +188,7 @@ def changed(settings):
 def help_text(cls, usage):
     """Every setting with type, default and the comment that stands behind it in the source.
 
-    A comment that begins on a line of its own above the next setting is a heading.
+    A comment on a line of its own goes on with the help of the setting above it.
     """
     lines = [usage, '']
     for line in inspect.getsource(cls).splitlines():
@@ -201,6 +199,6 @@ def help_text(cls, usage):
             lines.append(f'        {found[2]}')
         elif found := re.match(r'    # -+ (.*?) -+$', line):
             lines.append(f'{found[1]}:')
-        elif found := re.match(r'    #  +(.*)', line):
+        elif found := re.match(r'    # +(.*)', line):
             lines.append(f'        {found[1]}')  # a comment that goes on
     return '\n'.join(lines)

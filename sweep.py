@@ -1,0 +1,147 @@
+"""Run an experiment: several trainings, side by side, resumed where they were stopped.
+
+    python sweep.py experiments/table_3000.py --gpus=4 --time_limit=540
+
+An experiment is a Python file with `base`, a preset, and `runs`, {name: {setting: value}}; `common`
+holds settings of all runs. Call it again until all are finished. Then it prints report.py's table,
+draws its picture, and copies each run's config, summary and thinned metrics to results/NAME/RUN/.
+"""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+
+import report
+from support.files import read_json, write_atomically, write_json
+from support.rundir import read_metrics
+from support.settings import Refused, help_text, parse, read_config, run_command
+
+HOME = os.path.dirname(os.path.abspath(__file__))
+METRICS_KEPT = 200  # lines of a run's metrics in results/
+SAVING_SECONDS = 60  # a run may take to save after SIGTERM
+
+
+@dataclass
+class SweepSettings:
+    gpus: int = 0  # GPUs; each holds one run at a time; 0: one run at a time, as its settings say
+    gpus_a_run: int = 1  # more than 1: each run by torchrun over so many
+    time_limit: int = 0  # seconds after which all runs save and stop, to be continued; 0: none
+    out_dir: str = 'out'  # runs go to OUT_DIR/NAME/RUN
+
+
+@dataclass
+class Job:
+    """One run of the experiment while it trains."""
+    name: str
+    process: subprocess.Popen
+    gpus: list  # numbers
+
+
+def read_experiment(path):
+    """(name, {run: arguments of train.py}) of an experiment file."""
+    try:
+        told = read_config(path)
+    except ValueError as error:
+        raise Refused(str(error)) from None
+    missing = [key for key in ('base', 'runs') if key not in told]
+    if missing:
+        raise Refused(f"{path}: assigns no {' and no '.join(missing)}; see sweep.py --help")
+    runs = {}
+    for name, changes in told['runs'].items():
+        settings = {**told.get('common', {}), **changes}
+        runs[name] = [told['base'], *(f'--{key}={value}' for key, value in settings.items())]
+    return os.path.basename(path).removesuffix('.py'), runs
+
+
+def is_finished(folder):
+    summary = read_json(os.path.join(folder, 'summary.json'))
+    return bool(summary) and summary['exit_reason'] == 'finished'
+
+
+def start(name, arguments, folder, gpus):
+    """Train, or continue, one run in `folder`; what it says goes to FOLDER.log."""
+    command = [sys.executable]
+    if len(gpus) > 1:
+        command += ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={len(gpus)}']
+    command += ['train.py', *arguments, f'--out_dir={folder}', '--init_from=auto']
+    environment = dict(os.environ)
+    if gpus:
+        environment['CUDA_VISIBLE_DEVICES'] = ','.join(map(str, gpus))
+    with open(f'{folder}.log', 'a') as log:
+        process = subprocess.Popen(command, cwd=HOME, env=environment, stdout=log, stderr=log)
+    print(f'{name}: started{f" on GPU {gpus}" if gpus else ""}; it says: {folder}.log', flush=True)
+    return Job(name, process, gpus)
+
+
+def run_all(runs, folders, s):
+    """Train what is not finished, until all are or the time is up. Returns {run: exit code}."""
+    waiting = [name for name in runs if not is_finished(folders[name])]
+    free = list(range(s.gpus))
+    running = []
+    codes = {}
+    deadline = time.monotonic() + s.time_limit if s.time_limit else float('inf')
+    while (waiting or running) and time.monotonic() < deadline:
+        while waiting and (len(free) >= s.gpus_a_run or not (s.gpus or running)):
+            gpus = [free.pop(0) for _ in range(min(s.gpus_a_run, len(free)))]
+            name = waiting.pop(0)
+            running.append(start(name, runs[name], folders[name], gpus))
+        time.sleep(0.2)
+        for job in [job for job in running if job.process.poll() is not None]:
+            running.remove(job)
+            free += job.gpus
+            codes[job.name] = job.process.returncode
+            print(f'{job.name}: ended with exit code {codes[job.name]}', flush=True)
+    for job in running:
+        job.process.send_signal(signal.SIGTERM)
+    for job in running:
+        codes[job.name] = job.process.wait(timeout=SAVING_SECONDS)
+        print(f'{job.name}: the time is up; the same command continues it', flush=True)
+    return codes
+
+
+def keep_results(folder, place):
+    """Copy config.json and summary.json, and metrics.jsonl in at most METRICS_KEPT lines."""
+    os.makedirs(place, exist_ok=True)
+    for name in ('config.json', 'summary.json'):
+        write_json(os.path.join(place, name), read_json(os.path.join(folder, name)))
+    records = read_metrics(os.path.join(folder, 'metrics.jsonl'))
+    trained = [record for record in records if 'loss' in record]
+    every = -(-len(trained) // max(1, METRICS_KEPT - len(records) + len(trained)))
+    left_out = [record for i, record in enumerate(reversed(trained)) if i % max(1, every)]
+    lines = [json.dumps(record) + '\n' for record in records if record not in left_out]
+    path = os.path.join(place, 'metrics.jsonl')
+    write_atomically(path, lambda f: f.write(''.join(lines).encode()))
+
+
+def main(argv):
+    """Run an experiment; exit code 0 once all its runs are finished, 1 while some are not."""
+    if '--help' in argv or not argv:
+        print(help_text(SweepSettings, __doc__))
+        return 0 if argv else 2
+    s, problems, _ = parse(SweepSettings, argv[1:], config_files=False)
+    if s.gpus and not 1 <= s.gpus_a_run <= s.gpus:
+        problems.append(f'gpus_a_run={s.gpus_a_run} gpus={s.gpus}: must be from 1 to gpus')
+    if problems:
+        raise Refused(problems)
+    experiment, runs = read_experiment(argv[0])
+    parent = os.path.join(os.path.abspath(s.out_dir), experiment)
+    os.makedirs(parent, exist_ok=True)
+    folders = {name: os.path.join(parent, name) for name in runs}
+    codes = run_all(runs, folders, s)
+    done = [name for name in runs if is_finished(folders[name])]
+    for name in done:
+        keep_results(folders[name], os.path.join('results', experiment, name))
+    if done:
+        picture = os.path.join(parent, 'report.png')
+        report.main([*(folders[name] for name in done), f'--plot={picture}'])
+    left = [name for name in runs if name not in done]
+    for name in left:
+        print(f'{name}: not finished (exit code {codes.get(name, "none: not started")})')
+    return 1 if left else 0
+
+
+if __name__ == '__main__':
+    run_command(main)

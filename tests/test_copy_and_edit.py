@@ -1,0 +1,128 @@
+"""What the README promises to whoever changes the code: its four diffs, and a copied train.py."""
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import count_lines
+import pytest
+from conftest import HOME, TINY
+
+DIFFS = re.findall(r'```diff\n(.*?)```', (HOME / 'README.md').read_text(), re.S)
+TRAINED_WITH = {  # a word of each diff -> how the changed tree is trained
+    'steady': dict(prune_score='steady', prune_start=5, prune_end=15, prune_interval=5),
+    'Lion': dict(optimizer='lion', learning_rate=1e-3, min_lr=1e-4, prune_score='magnitude',
+                 prune_start=5, prune_end=15, prune_interval=5),
+    'silu': {},
+    'label_smoothing': {},
+}
+
+
+def copy_of_the_tree(folder):
+    """The sources and presets in a folder of their own."""
+    for path in [*count_lines.SOURCES, *HOME.glob('config/*.py')]:
+        place = folder / path.relative_to(HOME)
+        place.parent.mkdir(exist_ok=True)
+        shutil.copy(path, place)
+    return folder
+
+
+def python(folder, *arguments):
+    """Run a script of the tree in `folder`; returns what it printed."""
+    command = [sys.executable, *map(str, arguments)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def told(data, **changes):
+    settings = {**TINY, 'data_dir': data, 'max_iters': 20, 'eval_interval': 10, **changes}
+    return [f'--{key}={value}' for key, value in settings.items()]
+
+
+def apply(diff, folder):
+    git = subprocess.run(['git', 'apply', '-p1', '-'], cwd=folder, input=diff, text=True,
+                         capture_output=True)
+    assert git.returncode == 0, git.stderr
+
+
+def test_the_readme_shows_four_diffs():
+    assert len(DIFFS) == len(TRAINED_WITH)
+
+
+@pytest.mark.parametrize('word', TRAINED_WITH)
+def test_each_diff_of_the_readme_applies_and_trains(word, tiny_data, tmp_path):
+    diff = next(diff for diff in DIFFS if word in diff)
+    tree = copy_of_the_tree(tmp_path)
+    if 'train_mine.py' in diff:
+        shutil.copy(tree / 'train.py', tree / 'train_mine.py')
+    apply(diff, tree)
+    script = 'train_mine.py' if 'train_mine.py' in diff else 'train.py'
+    printed = python(tree, script, *told(tiny_data, out_dir='out', **TRAINED_WITH[word]))
+    assert 'finished: validation loss' in printed
+    if 'prune_score' in TRAINED_WITH[word]:
+        assert '"sparsity": 0.5' in (tree / 'out' / 'summary.json').read_text()
+
+
+COPIED = (  # what a user changes in a copied train.py: a new setting and the loop
+    ("    seed: int = 1337", "    noise: float = 0.0  # standard deviation added to gradients\n"
+                             "    seed: int = 1337"),
+    ("    norm = optim.gradient_norm(run.flats)\n",
+     "    for flat in run.flats:\n"
+     "        flat.grads.add_(run.settings.noise * torch.randn_like(flat.grads))\n"
+     "    norm = optim.gradient_norm(run.flats)\n"),
+)
+
+
+def test_a_copied_train_py_is_resumed_sampled_exported_and_reported(tiny_data, tmp_path):
+    tree = copy_of_the_tree(tmp_path)
+    source = (tree / 'train.py').read_text()
+    for old, new in COPIED:
+        assert source.count(old) == 1
+        source = source.replace(old, new)
+    (tree / 'train_mine.py').write_text(source)
+    mine = dict(noise=1e-3, out_dir='out/mine')
+    python(tree, 'train_mine.py', *told(tiny_data, **mine))
+    longer = dict(max_iters=24, lr_decay_iters=20, init_from='resume')
+    assert 'continued from step 20' in python(
+        tree, 'train_mine.py', *told(tiny_data, **mine, **longer))
+    assert 'noise' in python(tree, 'train.py', *told(
+        tiny_data, out_dir='out/mine', **{**longer, 'max_iters': 28}))  # a note, not an error
+    assert '---' in python(tree, 'sample.py', 'out/mine', '--max_new_tokens=5', '--device=cpu')
+    assert 'parameters' in python(tree, 'export.py', 'out/mine', 'out/exported')
+    assert (tree / 'out/exported/model.safetensors').exists()
+    assert 'mine' in python(tree, 'report.py', 'out/mine')
+
+
+def test_optimizers_work_in_another_project(tmp_path):
+    """optim.py and prune.py are all that another project copies."""
+    for name in ('optim.py', 'prune.py'):
+        shutil.copy(HOME / name, tmp_path)
+    (tmp_path / 'theirs.py').write_text(
+        'import torch\n'
+        'from optim import AdamWPrune\n'
+        'model = torch.nn.Linear(8, 8)\n'
+        'optimizer = AdamWPrune(model.parameters(), start=1, end=4, interval=1)\n'
+        'for _ in range(6):\n'
+        '    optimizer.zero_grad()\n'
+        '    model(torch.randn(4, 8)).square().mean().backward()\n'
+        '    optimizer.step()\n'
+        'print(int((model.weight == 0).sum()))\n')
+    assert python(tmp_path, 'theirs.py').strip() == '32'
+
+
+def test_budget_of_lines():
+    """The house stays small: see make lines."""
+    loaded = count_lines.loaded_by(HOME / 'train.py')
+    assert sum(map(count_lines.length, count_lines.SOURCES)) <= 5_500
+    assert sum(map(count_lines.length, loaded)) <= 3_700
+    assert max(map(count_lines.length, count_lines.SOURCES)) <= 620
+
+
+def test_no_import_inside_a_function_of_our_own_files():
+    own = {path.stem for path in count_lines.SOURCES} | {'kernels', 'support'}
+    for path in count_lines.SOURCES:
+        for line in pathlib.Path(path).read_text().splitlines():
+            if found := re.match(r'\s+(?:from|import) (\w+)', line):
+                assert found[1] not in own, f'{path}: {line}'
