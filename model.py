@@ -350,7 +350,8 @@ ATTENTIONS = {'mha': Attention, 'mla': LatentAttention}
 def attention_backend(config, batch_size, device, dtype):
     """Name of the kernel that runs this model's attention here; 'math' is unfused.
 
-    Asks PyTorch's own dispatcher with tensors of the real shapes, so it is what runs.
+    Asks PyTorch's own dispatcher with tensors of the real shapes, so it is what runs. 'flex' is
+    taken to be compiled with the model.
     """
     if config.windowed:
         device_type = torch.device(device).type
@@ -515,7 +516,7 @@ class GPT(nn.Module):
             multiplying -= self.position_embedding.weight.numel()
         attended = 12 * c.block_size
         if c.reciprocal:
-            attended += 6 * (min(c.ra_window + 1, c.block_size) if c.windowed else c.block_size)
+            attended += 6 * (c.ra_window + 1 if c.windowed else c.block_size)
         return 6 * multiplying + c.n_layer * c.n_embd * attended
 
 

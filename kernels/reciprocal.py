@@ -1,9 +1,9 @@
 """Reciprocal attention (RA): token i's logit for token j <= i is S_ij + alpha 1[i - j <= W] S_ji.
 
 S_ij = q_i . k_j / sqrt(D). Shapes: B rows, H heads, T tokens, D head width, W window. One formula,
-three forms: `wide` where the window cuts nothing, `banded` on a GPU, `dense` everywhere else.
+three forms: `wide` where the window cuts nothing, `banded` in the compiled graph of a GPU, `dense`
+everywhere else.
 """
-import functools
 import math
 
 import torch
@@ -24,8 +24,9 @@ def reciprocal_attention(q, k, v, alpha, window, dropout=0.0):
     if dropout:
         raise ValueError(f'dropout={dropout} ra_window={window}: the window has no dropout; set '
                          'dropout=0 or ra_window=-1')
-    form = banded if flex_runs(q.device.type, q.dtype, q.size(3)) else dense
-    return form(q, k, v, alpha, window)
+    if torch.compiler.is_compiling() and flex_runs(q.device.type, q.dtype, q.size(3)):
+        return banded(q, k, v, alpha, window)
+    return dense(q, k, v, alpha, window)
 
 
 def recomputed(function, *arguments):
@@ -78,25 +79,17 @@ def flex_runs(device_type, dtype, head_width):
 def banded(q, k, v, alpha, window):
     """The band i - j <= W in double width and the rest plain, merged by their log-sum-exp.
 
-    At T = 1024, W = 64 the band touches 15 of the 36 causal blocks of 128 x 128. It is compiled
-    with the model, or on its own: never left unfused on a GPU.
+    At T = 1024, W = 64 the band touches 15 of the 36 causal blocks of 128 x 128.
     """
     band_mask, rest_mask = block_masks(q.size(2), window, q.device)
     wide_q, wide_k = recomputed(widened, q, k, alpha)
-    alone = q.is_cuda and not torch.compiler.is_compiling()
-    flex = compiled_flex() if alone else flex_attention
     told = dict(scale=q.size(3) ** -0.5, return_aux=AuxRequest(lse=True))
-    band, of_band = flex(wide_q, wide_k, v, block_mask=band_mask, **told)
-    rest, of_rest = flex(q, k, v, block_mask=rest_mask, **told)
+    band, of_band = flex_attention(wide_q, wide_k, v, block_mask=band_mask, **told)
+    rest, of_rest = flex_attention(q, k, v, block_mask=rest_mask, **told)
     # Where the rest is empty its log-sum-exp is -inf, and its share and that share's derivative
     # are exactly 0. The band is never empty: it holds the diagonal.
     share = torch.sigmoid(of_rest.lse - of_band.lse)[..., None]  # (B, H, T, 1)
     return (band + share * (rest.to(share.dtype) - band)).to(band.dtype)
-
-
-@functools.cache  # torch.compile takes seconds to import
-def compiled_flex():
-    return torch.compile(flex_attention, fullgraph=True, dynamic=False)
 
 
 MASKS = {}  # (T, window, device) -> (band, rest)
