@@ -4,7 +4,6 @@ Training keeps three kinds of numbers apart. Working weights are what the model 
 GPU). Masters, moments and accumulated gradients are float32. All of them lie in a few flat tensors,
 so that an update is one kernel each, and of the parameters the optimizer sees float32 views.
 """
-import collections
 import functools
 import math
 from typing import NamedTuple
@@ -138,17 +137,11 @@ def gradient_norm(flats):
     return torch.linalg.vector_norm(torch.stack(norms))
 
 
-def scale_each(grads, clip, finite):
-    """In place: each tensor times clip (0-dim), or 0 if not finite (0-dim bool)."""
-    for grad in grads:
-        grad.mul_(clip).masked_fill_(~finite, 0)
-
-
-def scale_gradients(flats, clip, finite, scale=scale_each):
-    """Clip the accumulated gradients, and make them 0 in a step that is not finite, because no NaN
-    may reach weights or moments. Nothing waits for the device. scale: scale_each, compiled or not.
-    """
-    scale([flat.grads for flat in flats], clip, finite)
+def scale_gradients(flats, clip, finite):
+    """Clip the accumulated gradients (clip: 0-dim factor), and make them 0 in a step that is not
+    finite (0-dim bool), because no NaN may reach weights or moments. Nothing waits."""
+    for flat in flats:
+        flat.grads.mul_(clip).masked_fill_(~finite, 0)
 
 
 @torch.no_grad()
@@ -163,38 +156,24 @@ def refresh_working(flats):
 
 
 def adamw_update(weight, grad, exp_avg, exp_avg_sq, step_size, root_correction, keep, eps, beta1,
-                 beta2):
-    """AdamW (arXiv 1711.05101, algorithm 2) in place, on tensors of one shape and type.
+                 beta2, max_exp_avg_sq=None):
+    """AdamW (arXiv 1711.05101, algorithm 2) in place, on tensors of one shape and type; with
+    max_exp_avg_sq its AMSGrad variant.
 
     step_size = lr / (1 - beta1^t), root_correction = sqrt(1 - beta2^t), keep = 1 - lr *
     weight_decay and eps are numbers, or 0-dim tensors so that a new value compiles nothing anew.
     """
     exp_avg.lerp_(grad, 1 - beta1)
     exp_avg_sq.mul_(beta2).add_(grad * grad * (1 - beta2))
-    usual = exp_avg_sq.sqrt() / root_correction + eps
-    weight.mul_(keep).sub_(step_size * exp_avg / usual)
-
-
-def amsgrad_update(weight, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, step_size, root_correction,
-                   keep, eps, beta1, beta2):
-    """As adamw_update, divided by the highest exp_avg_sq so far (AMSGrad)."""
-    exp_avg.lerp_(grad, 1 - beta1)
-    exp_avg_sq.mul_(beta2).add_(grad * grad * (1 - beta2))
-    max_exp_avg_sq.copy_(torch.maximum(max_exp_avg_sq, exp_avg_sq))
-    usual = max_exp_avg_sq.sqrt() / root_correction + eps
-    weight.mul_(keep).sub_(step_size * exp_avg / usual)
+    usual = exp_avg_sq
+    if max_exp_avg_sq is not None:
+        usual = max_exp_avg_sq.copy_(torch.maximum(max_exp_avg_sq, exp_avg_sq))
+    weight.mul_(keep).sub_(step_size * exp_avg / (usual.sqrt() / root_correction + eps))
 
 
 @functools.cache
 def compiled(function):
     return torch.compile(function, fullgraph=True, dynamic=False)
-
-
-def copied(value, device):
-    """A tensor, or a dict of tensors, copied to `device`; numbers as they are."""
-    if isinstance(value, dict):
-        return {key: copied(each, device) for key, each in value.items()}
-    return value.detach().to(device, copy=True) if torch.is_tensor(value) else value
 
 
 class Part:
@@ -203,24 +182,31 @@ class Part:
     def __init__(self, p, flat):
         self.parameters = [p]
         self.flat = flat  # or None
-        self.start = p.storage_offset()
-        self.end = self.start + padded(p.numel())
-        self.moments = {}  # of a flat part: name -> (end - start,), of which the state has views
+        self.master = None  # float32, of a parameter of less
+        self.moments = []  # each like weight()
 
-    def has_gradient(self):
-        return self.flat is not None or self.parameters[0].grad is not None
+    def end(self):
+        """Where the next neighbour begins."""
+        return self.parameters[-1].storage_offset() + padded(self.parameters[-1].numel())
 
-    def gradient(self, dtype, copy=False):
-        """In `dtype`. Of a flat part it is ours to change, otherwise the user's, unless copied."""
+    def weight(self):
+        """What is updated, float32 or more."""
         if self.flat is not None:
-            return self.flat.grads[self.start:self.end]
-        return self.parameters[0].grad.to(dtype, copy=copy)
+            return self.flat.masters[self.parameters[0].storage_offset():self.end()]
+        return (self.parameters[0] if self.master is None else self.master).detach()
+
+    def gradient(self, copy=False):
+        """Of the type of weight(). In a flat it is ours to change, else only a copy is."""
+        if self.flat is not None:
+            return self.flat.grads[self.parameters[0].storage_offset():self.end()]
+        return self.parameters[0].grad.to(self.weight().dtype, copy=copy)
 
     def views(self, tensor):
-        """Each parameter's share of a tensor that is like the part."""
+        """Each parameter's share of a tensor like weight()."""
         if self.flat is None:
             return [tensor]
-        starts = [p.storage_offset() - self.start for p in self.parameters]
+        first = self.parameters[0].storage_offset()
+        starts = [p.storage_offset() - first for p in self.parameters]
         return [tensor[i:i + p.numel()].view_as(p) for i, p in zip(starts, self.parameters)]
 
 
@@ -231,13 +217,12 @@ def parts_of(group, flats):
         homes.update(dict.fromkeys(flat.parameters.values(), flat))
     parts = []
     for p in group['params']:
-        part = Part(p, homes.get(p))
-        last = parts[-1] if parts else part
-        if part.flat is not None and last.flat is part.flat and last.end == part.start:
+        flat = homes.get(p)
+        last = parts[-1] if parts else None
+        if flat and last and last.flat is flat and last.end() == p.storage_offset():
             last.parameters.append(p)
-            last.end = part.end
         else:
-            parts.append(part)
+            parts.append(Part(p, flat))
     return parts
 
 
@@ -249,19 +234,18 @@ class AdamW(torch.optim.Optimizer):
     one kernel for each flat tensor. A deepcopy updates its parameters one by one.
     """
     moment_names = ('exp_avg', 'exp_avg_sq')
-    function = staticmethod(adamw_update)
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, *,
                  flats=(), compiled=False):
         for name, value in (('lr', lr), ('eps', eps), ('weight_decay', weight_decay)):
             self.require(value >= 0, f'{name}={value} must not be negative')
-        self.require(all(0 <= beta < 1 for beta in betas),
-                     f'betas={betas} must be at least 0 and below 1')
+        in_range = all(0 <= beta < 1 for beta in betas)
+        self.require(in_range, f'betas={betas} must be at least 0 and below 1')
         defaults = dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay)
         super().__init__(params, defaults)
         self.compiled = compiled
         self._flats = flats
-        self._parts = []  # of each group
+        self._parts = []  # parts_of each group
 
     def require(self, condition, message):
         if not condition:
@@ -278,51 +262,37 @@ class AdamW(torch.optim.Optimizer):
             self._parts.append(parts_of(group, self._flats))
         todo = []
         for group, parts in zip(self.param_groups, self._parts):
-            todo += [(group, part) for part in parts if part.has_gradient()]
-        for _, part in todo:
-            self.advance(part)
+            for part in parts:
+                if part.flat or part.parameters[0].grad is not None:
+                    self.advance(part)
+                    todo.append((group, part))
         if todo:
             self.update_all(todo)
         return loss
 
     def advance(self, part):
-        """Count the step of a part, whose state begins with the first one."""
-        if 'step' not in self.state[part.parameters[0]]:
-            self.begin(part)
-        for p in part.parameters:
-            self.state[p]['step'] += 1
-
-    def begin(self, part):
-        p = part.parameters[0]
-        if part.flat is None and torch.finfo(p.dtype).bits < 32:
-            self.state[p]['master'] = p.detach().float()
-        for name in self.moment_names:
-            moment = torch.zeros_like(self.weight_of(part))
-            part.moments[name] = moment
+        """Count a step of a part. Its first one makes the moments, from the state if that has been
+        loaded, and leaves views of them there."""
+        first = self.state[part.parameters[0]]
+        if not part.moments and part.weight().dtype.itemsize < 4:
+            part.master = first.setdefault('master', part.weight().float())
+        for name in self.moment_names[len(part.moments):]:
+            moment = torch.zeros_like(part.weight())
+            part.moments.append(moment)
             for p, view in zip(part.parameters, part.views(moment)):
+                if name in self.state[p]:
+                    view.copy_(self.state[p][name])
                 self.state[p][name] = view
         for p in part.parameters:
-            self.state[p]['step'] = 0
-
-    def for_part(self, function, part):
-        """`function`, compiled where that pays."""
-        return compiled(function) if self.compiled and part.flat is not None else function
-
-    def weight_of(self, part):
-        """The weights that are updated, in float32 or more."""
-        if part.flat is not None:
-            return part.flat.masters[part.start:part.end]
-        p = part.parameters[0]
-        return self.state[p].get('master', p).detach()
+            self.state[p]['step'] = int(self.state[p].get('step', 0)) + 1
 
     def update_all(self, todo):
         """Update [(group, part)], whose steps are counted."""
         for group, part in todo:
-            grad = part.gradient(self.weight_of(part).dtype)
-            self.update(group, part, grad, self.plain_numbers(group, part, group['lr']))
+            self.update(group, part, part.gradient(), self.numbers(group, part, group['lr']))
 
-    def plain_numbers(self, group, part, lr):
-        """(step_size, root_correction, keep, eps) of AdamW."""
+    def numbers(self, group, part, lr):
+        """(step_size, root_correction, keep, eps) of adamw_update."""
         step = self.state[part.parameters[0]]['step']
         beta1, beta2 = group['betas']
         root_correction = math.sqrt(1 - beta2 ** step)
@@ -330,48 +300,29 @@ class AdamW(torch.optim.Optimizer):
         return lr / (1 - beta1 ** step), root_correction, keep, group['eps']
 
     def update(self, group, part, grad, numbers):
-        """Run `function` on one part."""
-        weight = self.weight_of(part)
-        moments = self.moments_of(part)
-        function = self.for_part(self.function, part)
-        if function is not self.function:
+        """adamw_update of one part."""
+        weight = part.weight()
+        exp_avg, exp_avg_sq, *highest = part.moments
+        function = self.function_for(part, adamw_update)
+        if function is not adamw_update:
             numbers = [torch.full((), x, dtype=weight.dtype, device=weight.device) for x in numbers]
-        function(weight, grad, *moments, *numbers, *group['betas'])
-        p = part.parameters[0]
-        if 'master' in self.state[p]:
-            p.copy_(weight)
+        function(weight, grad, exp_avg, exp_avg_sq, *numbers, *group['betas'], *highest)
+        if part.master is not None:
+            part.parameters[0].copy_(part.master)
 
-    def moments_of(self, part):
-        state = part.moments if part.flat is not None else self.state[part.parameters[0]]
-        return [state[name] for name in self.moment_names]
+    def function_for(self, part, function):
+        """`function`, compiled where that pays: single parameters have too many shapes."""
+        return compiled(function) if self.compiled and part.flat else function
 
     def load_state_dict(self, state_dict):
         """As in torch, except that every tensor keeps the type it was saved in."""
-        super().load_state_dict(state_dict)  # casts the state to the parameters' types
-        self.state = collections.defaultdict(dict)
-        self._parts = [parts_of(group, self._flats) for group in self.param_groups]
+        super().load_state_dict({**state_dict, 'state': {}})  # torch would cast the state
         parameters = []
-        numbers = []
-        for group, saved in zip(self.param_groups, state_dict['param_groups']):
+        for group in self.param_groups:
             parameters += group['params']
-            numbers += saved['params']
-        saved = {p: state_dict['state'].get(number) for p, number in zip(parameters, numbers)}
-        for part in sum(self._parts, []):
-            if saved[part.parameters[0]]:
-                self.begin(part)
-                for p in part.parameters:
-                    self.load_state_of(p, saved[p])
-
-    @torch.no_grad()
-    def load_state_of(self, p, saved):
-        state = self.state[p]
-        for key, value in saved.items():
-            if key == 'step':
-                state[key] = int(value)  # torch's AdamW has a tensor
-            elif torch.is_tensor(state.get(key)):
-                state[key].copy_(value)
-            else:
-                state[key] = copied(value, p.device)
+        for number, state in state_dict['state'].items():
+            p = parameters[number]
+            self.state[p] = prune.copied(state, p.device)
 
     def __getstate__(self):
         return {key: value for key, value in self.__dict__.items() if not key.startswith('_')}
@@ -386,8 +337,8 @@ class AdamW(torch.optim.Optimizer):
 
 
 def clip_spikes(grad, exp_avg_sq, theta, least=0.0):
-    """In place: where grad^2 > theta (exp_avg_sq + least), keep the sign and cut to its root
-    (SPAM, arXiv 2501.06842). Returns how many elements were cut, 0-dim.
+    """In place: where grad^2 > theta (exp_avg_sq + least), |grad| is cut to the root of that (SPAM,
+    arXiv 2501.06842). Returns how many elements were cut, 0-dim.
 
     An element without history (0) is not cut, because it would be frozen for ever.
     """
@@ -398,14 +349,20 @@ def clip_spikes(grad, exp_avg_sq, theta, least=0.0):
     return spike.sum()
 
 
-class Spam:
-    """The clock that the modes of AdamWSPAM share. Updates t are counted from 1."""
-    theta = None  # the default of a mode that cuts elements
+class Paper:
+    """SPAM as in its authors' code (galore_torch/SPAM.py): eps joins sqrt(v) before the bias
+    correction; weight decay comes after the step, and a warm-up does not scale it.
+
+    Updates t are counted from 1. update_all(optimizer, todo, t) of a mode returns the numbers of
+    cut elements, 0-dim tensors, and whether the norm of all gradients was a spike.
+    """
+    theta = 5000.0
+    moment_names = AdamW.moment_names
 
     def __init__(self, interval, warmup, theta, grace, device):
         self.interval = interval  # updates between resets; 0: none
         self.warmup = warmup  # N: updates 0 ... N from a reset on are held back
-        self.grace = grace  # updates after the start or a reset in which 'paper' cuts nothing
+        self.grace = grace  # updates after the start or a reset in which nothing is cut
         self.theta = self.theta if theta is None else theta
         self.history = {}  # tensors that are saved with the optimizer
 
@@ -419,43 +376,31 @@ class Spam:
         """Whether update t lies in the N + 1 updates from a reset on."""
         return 0 < self.interval <= t and self.since_reset(t) <= self.warmup
 
-
-class Paper(Spam):
-    """SPAM as in its authors' code (galore_torch/SPAM.py): eps joins sqrt(v) before the bias
-    correction, the decay comes after the step, and a warm-up does not scale it."""
-    theta = 5000.0
-    moment_names = AdamW.moment_names
-    function = staticmethod(adamw_update)
-
     def update_all(self, optimizer, todo, t):
         cuts = []
         for group, part in todo:
-            grad = optimizer.own_gradient(part)
-            moments = optimizer.moments_of(part)
+            grad = part.gradient(copy=True)
             if self.is_reset(t):
-                torch._foreach_zero_(moments)
-            if min(t, self.since_reset(t)) >= self.grace:
-                cuts.append(optimizer.for_part(clip_spikes, part)(grad, moments[1], self.theta))
-            optimizer.update(group, part, grad, self.numbers(optimizer, group, part, t))
-        return total_of(cuts, optimizer), False
+                torch._foreach_zero_(part.moments)
+            if self.since_reset(t) >= self.grace:
+                clip = optimizer.function_for(part, clip_spikes)
+                cuts.append(clip(grad, part.moments[1], self.theta))
+            step_size, root, keep, eps = optimizer.numbers(group, part, group['lr'])
+            numbers = (step_size * self.factor(t) * keep, root, keep, eps / root)
+            optimizer.update(group, part, grad, numbers)
+        return cuts, False
 
-    def numbers(self, optimizer, group, part, t):
-        step_size, root, keep, eps = optimizer.plain_numbers(group, part, group['lr'])
-        return step_size * self.warmup_factor(t) * keep, root, keep, eps / root
-
-    def warmup_factor(self, t):
-        if not self.recovering(t):
-            return 1.0
+    def factor(self, t):
+        """Of the step, not of the decay."""
         done = self.since_reset(t) / (self.warmup + 1)
-        return 1 - 0.99 * (1 + math.cos(math.pi * done)) / 2
+        return 1 - 0.99 * (1 + math.cos(math.pi * done)) / 2 if self.recovering(t) else 1.0
 
 
-class Reference(Spam):
+class Reference(Paper):
     """What the runs of 2025 did: a cut that leaves 1e-12 to elements without history, moments
     damped where the norm of all gradients is a spike, resets with a ramp from 0.001, AMSGrad."""
     theta = 50.0
     moment_names = (*AdamW.moment_names, 'max_exp_avg_sq')
-    function = staticmethod(amsgrad_update)
 
     def __init__(self, interval, warmup, theta, grace, device):
         super().__init__(interval, warmup, theta, grace, device)
@@ -463,40 +408,39 @@ class Reference(Spam):
         self.history['count'] = torch.zeros((), dtype=torch.int64, device=device)
 
     def update_all(self, optimizer, todo, t):
-        fired = is_norm_spike(self.history, optimizer.norm_of([part for _, part in todo]))
+        norms = [torch.linalg.vector_norm(part.gradient()) for _, part in todo]
+        fired = is_norm_spike(self.history, torch.linalg.vector_norm(torch.stack(norms).double()))
         cuts = []
         for group, part in todo:
-            grad = optimizer.own_gradient(part)
-            exp_avg, exp_avg_sq, _ = optimizer.moments_of(part)
+            grad = part.gradient(copy=True)
+            exp_avg, exp_avg_sq, _ = part.moments
             if t > 1:
-                clip = optimizer.for_part(clip_spikes, part)
+                clip = optimizer.function_for(part, clip_spikes)
                 cuts.append(clip(grad, exp_avg_sq, self.theta, 1e-12))
             exp_avg.mul_(torch.where(fired, 0.5, 1.0))
             exp_avg_sq.mul_(torch.where(fired, 0.9, 1.0))
             if self.is_reset(t):
                 torch._foreach_zero_([exp_avg, exp_avg_sq])
-            lr = group['lr'] * self.ramp(t)
-            optimizer.update(group, part, grad, optimizer.plain_numbers(group, part, lr))
-        return total_of(cuts, optimizer), fired
+            numbers = optimizer.numbers(group, part, group['lr'] * self.factor(t))
+            optimizer.update(group, part, grad, numbers)
+        return cuts, fired
 
-    def ramp(self, t):
+    def factor(self, t):
+        """Of the learning rate."""
         if not self.recovering(t) or self.warmup == 0:
             return 1.0
         return max(1e-3, (1 - math.cos(math.pi * self.since_reset(t) / self.warmup)) / 2)
 
 
-class Stable(Spam):
+class Stable(Paper):
     """Stable-SPAM (arXiv 2502.17055): AdaClip and AdaGN on each tensor; a reset restarts the bias
     correction (`step`) instead of a warm-up. state[p] has `levels`, see stabilise, and `seen`, the
-    updates that these have seen."""
-    moment_names = AdamW.moment_names
-    function = staticmethod(adamw_update)
+    updates that went into them."""
 
     def update_all(self, optimizer, todo, t):
         cuts = []
         for group, part in todo:
-            grad = optimizer.own_gradient(part)
-            moments = optimizer.moments_of(part)
+            grad = part.gradient(copy=True)
             states = [optimizer.state[p] for p in part.parameters]
             for state in states:
                 state['seen'] = state.get('seen', 0) + 1
@@ -504,17 +448,14 @@ class Stable(Spam):
                 if self.is_reset(t):
                     state['step'] = 1
             if self.is_reset(t):
-                torch._foreach_zero_(moments)
+                torch._foreach_zero_(part.moments)
             levels = [state['levels'] for state in states]
             cuts.append(stabilise(part.views(grad), levels, states[0]['seen'], group['eps']))
-            numbers = optimizer.plain_numbers(group, part, group['lr'])
-            optimizer.update(group, part, grad, numbers)
-        return total_of(cuts, optimizer), False
+            optimizer.update(group, part, grad, optimizer.numbers(group, part, group['lr']))
+        return cuts, False
 
 
-def total_of(cuts, optimizer):
-    """Sum of 0-dim tensors."""
-    return torch.stack(cuts).sum() if cuts else torch.zeros_like(optimizer.counts[0])
+SPAM_MODES = {'paper': Paper, 'reference': Reference, 'stable': Stable}
 
 
 def is_norm_spike(history, norm):
@@ -523,7 +464,8 @@ def is_norm_spike(history, norm):
 
     Then remembers it in history['norms'] (100,) and ['count'], unless it is not finite.
     """
-    norms, count = history['norms'], history['count']
+    norms = history['norms']
+    count = history['count']
     position = torch.arange(len(norms), device=norms.device)
     there = position < count
     n = count.clamp(min=1, max=len(norms))
@@ -537,12 +479,12 @@ def is_norm_spike(history, norm):
 
 
 def stabilise(grads, levels, seen, eps):
-    """AdaClip and AdaGN (arXiv 2502.17055, gamma 0.7, 0.9, theta 0.999) on S tensors, in place.
+    """AdaClip and AdaGN (arXiv 2502.17055; gamma 0.7 and 0.9, theta 0.999) on S tensors, in place.
 
-    levels: each tensor's usual maximum, norm and squared norm (3,), without bias correction, in
-    which a gradient that is not finite leaves no trace; seen: updates that went into them, this one
-    included. Elements above the usual maximum T are scaled by T / max, then the tensor gets its
-    usual norm. Returns the number of elements above T, 0-dim. A tensor of zeros stays.
+    levels: each tensor's usual maximum, norm and squared norm (3,), in which a gradient that is not
+    finite leaves no trace; seen: updates that went into them, this one included. Elements above the
+    usual maximum T are scaled by T / max, then the tensor gets its usual norm, unless it is 0.
+    Returns the number of elements above T, 0-dim.
     """
     before = torch.stack(levels)  # (S, 3)
     largest = torch.stack(torch._foreach_norm(grads, math.inf))  # (S,)
@@ -550,7 +492,7 @@ def stabilise(grads, levels, seen, eps):
     usual = level / (1 - 0.999 ** seen)
     shrink = torch.where(largest > 0, usual / largest, 1.0)
     counts = []
-    for grad, limit, factor in zip(grads, usual.unbind(), shrink.unbind()):
+    for grad, limit, factor in zip(grads, usual, shrink):
         above = grad.abs() > limit
         counts.append(above.sum())
         grad.mul_(torch.where(above, factor, 1.0))
@@ -563,9 +505,6 @@ def stabilise(grads, levels, seen, eps):
     after = torch.where(norm.isfinite()[:, None], after, before)
     torch._foreach_copy_(levels, after.unbind())
     return torch.stack(counts).sum()
-
-
-SPAM_MODES = {'paper': Paper, 'reference': Reference, 'stable': Stable}
 
 
 class AdamWSPAM(AdamW):
@@ -584,38 +523,28 @@ class AdamWSPAM(AdamW):
         self.mode = None
         self.updates = 0
         device = self.param_groups[0]['params'][0].device
-        self.counts = torch.zeros(3, dtype=torch.int64, device=device)  # see counters
+        self.counts = torch.zeros(3, dtype=torch.int64, device=device)  # as in counters
         if spam_mode is None:
             return
         prune.known(f'{type(self).__name__}: spam_mode', spam_mode, SPAM_MODES)
-        for name, value in (('interval', spam_interval), ('warmup', spam_warmup),
-                            ('grace', spam_grace)):
+        whole = dict(interval=spam_interval, warmup=spam_warmup, grace=spam_grace)
+        for name, value in whole.items():
             self.require(value >= 0, f'spam_{name}={value} must not be negative')
         self.require(spam_theta is None or spam_theta > 0,
                      f'spam_theta={spam_theta} must be above 0; math.inf cuts nothing')
-        self.mode = SPAM_MODES[spam_mode](spam_interval, spam_warmup, spam_theta, spam_grace, device)
-        self.function = self.mode.function
+        self.mode = SPAM_MODES[spam_mode](theta=spam_theta, device=device, **whole)
         self.moment_names = self.mode.moment_names
 
     def update_all(self, todo):
+        self.updates += 1
         if self.mode is None:
             super().update_all(todo)
             return
-        self.updates += 1
-        cut, fired = self.mode.update_all(self, todo, self.updates)
+        cuts, fired = self.mode.update_all(self, todo, self.updates)
+        cut = torch.stack(cuts).sum() if cuts else 0
         self.counts[0].add_((cut > 0) | fired)
         self.counts[1].add_(cut)
         self.counts[2].add_(self.mode.is_reset(self.updates))
-
-    def own_gradient(self, part):
-        """The part's gradient, ours to change."""
-        return part.gradient(self.weight_of(part).dtype, copy=True)
-
-    def norm_of(self, parts):
-        """2-norm of all gradients, 0-dim float64."""
-        grads = [part.gradient(self.weight_of(part).dtype) for part in parts]
-        norms = [torch.linalg.vector_norm(grad) for grad in grads]
-        return torch.linalg.vector_norm(torch.stack(norms).double())
 
     def recovering(self):
         """Whether the last update lay in the warm-up after a reset, when moments say little."""
@@ -627,19 +556,17 @@ class AdamWSPAM(AdamW):
         return dict(zip(('spikes', 'clipped', 'resets'), self.counts.tolist()))
 
     def state_dict(self):
-        saved = super().state_dict()
-        if self.mode is not None:
-            saved['spam'] = dict(updates=self.updates, counts=self.counts, **self.mode.history)
-        return saved
+        history = self.mode.history if self.mode else {}
+        return {**super().state_dict(),
+                'spam': dict(updates=self.updates, counts=self.counts, **history)}
 
     def load_state_dict(self, state_dict):
         super().load_state_dict(state_dict)
-        if self.mode is not None:
-            saved = state_dict['spam']
-            self.updates = saved['updates']
-            self.counts.copy_(saved['counts'])
-            for key, tensor in self.mode.history.items():
-                tensor.copy_(saved[key])
+        saved = state_dict['spam']
+        self.updates = saved['updates']
+        self.counts.copy_(saved['counts'])
+        for key, tensor in (self.mode.history if self.mode else {}).items():
+            tensor.copy_(saved[key])
 
 
 # --- AdamW that prunes ----------------------------------------------------------------------------
@@ -648,8 +575,8 @@ class AdamWSPAM(AdamW):
 class AdamWPrune(AdamWSPAM):
     """AdamW or AdamWSPAM (`base`) that prunes as it trains; state[p]['mask'] is True = keep.
 
-    others: the arguments of prune.Pruner, with those of AdamWSPAM if that is the base. The learning
-    rate of groups with pruned parameters is multiplied by the pruner's rate_factor.
+    others: arguments of prune.Pruner, and those of AdamWSPAM if that is the base. The learning rate
+    of groups with pruned parameters is multiplied by the pruner's rate_factor.
     """
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, *, start,
@@ -657,30 +584,25 @@ class AdamWPrune(AdamWSPAM):
                  **others):
         prune.known('AdamWPrune: base', base, ('adamw', 'adamwspam'))
         spam = {key: value for key, value in others.items() if key.startswith('spam_')}
+        pruning = {key: value for key, value in others.items() if key not in spam}
         self.require(base == 'adamwspam' or not spam,
                      f"{', '.join(spam)} given, but base='adamw'; use base='adamwspam'")
         if base == 'adamw':
             spam = dict(spam_mode=None)
         super().__init__(params, lr, betas, eps, weight_decay, flats=flats, compiled=compiled,
                          **spam)
-        pruning = {key: value for key, value in others.items() if key not in spam}
+        if self.mode and self.mode.interval:
+            told = f'spam_interval={self.mode.interval} spam_warmup={self.mode.warmup}'
+            self.require(self.mode.warmup < self.mode.interval - 1, f'{told}: no masks are chosen '
+                         'in the warm-up, and it would never be over; lengthen the interval')
         self.pruner = prune.Pruner(self, score=score, target_sparsity=target_sparsity, start=start,
                                    end=end, hold=self.recovering, **pruning)
-        mode = self.mode
-        self.require(mode is None or mode.interval == 0 or mode.warmup < mode.interval - 1,
-                     f'spam_interval={mode and mode.interval} spam_warmup={mode and mode.warmup}: no '
-                     'masks are chosen in the warm-up, and it would never be over; lengthen the '
-                     'interval')
-
-    @property
-    def sparsity(self):
-        return self.pruner.sparsity
 
     def update_all(self, todo):
         raised = []
         for group, part in todo:
-            factor = self.pruner.rate_factor(group)
-            raised.append(({**group, 'lr': group['lr'] * factor}, part))
+            lr = group['lr'] * self.pruner.rate_factor(group)
+            raised.append(({**group, 'lr': lr}, part))
         super().update_all(raised)
         self.pruner.step()
         self.show_masks()
@@ -693,8 +615,7 @@ class AdamWPrune(AdamWSPAM):
         saved = super().state_dict()
         for number, state in saved['state'].items():
             saved['state'][number] = {key: state[key] for key in state if key != 'mask'}
-        saved['pruner'] = self.pruner.state_dict()
-        return saved
+        return {**saved, 'pruner': self.pruner.state_dict()}
 
     def load_state_dict(self, state_dict):
         super().load_state_dict(state_dict)
@@ -711,16 +632,17 @@ class AdamWPrune(AdamWSPAM):
 
 
 def build_adamw(groups, settings, flats, compiled):
-    return AdamW(groups, settings.learning_rate, (settings.beta1, settings.beta2), settings.eps,
-                 settings.weight_decay, flats=flats, compiled=compiled)
+    s = settings
+    return AdamW(groups, s.learning_rate, (s.beta1, s.beta2), s.eps, s.weight_decay, flats=flats,
+                 compiled=compiled)
 
 
 def build_adamwspam(groups, settings, flats, compiled):
-    return AdamWSPAM(groups, settings.learning_rate, (settings.beta1, settings.beta2), settings.eps,
-                     settings.weight_decay, spam_mode=settings.spam_mode,
-                     spam_interval=settings.spam_interval, spam_warmup=settings.spam_warmup,
-                     spam_theta=settings.spam_theta, spam_grace=settings.spam_grace, flats=flats,
-                     compiled=compiled)
+    s = settings
+    return AdamWSPAM(groups, s.learning_rate, (s.beta1, s.beta2), s.eps, s.weight_decay,
+                     spam_mode=s.spam_mode, spam_interval=s.spam_interval,
+                     spam_warmup=s.spam_warmup, spam_theta=s.spam_theta, spam_grace=s.spam_grace,
+                     flats=flats, compiled=compiled)
 
 
 OPTIMIZERS = {  # name -> function (groups, settings, flats, compiled); one entry adds an optimizer

@@ -243,7 +243,7 @@ def layer_sparsities(sizes, layers, sparsity, first=0.7, last=1.3, cap=CAP):
         if not over:
             break
         capped |= over
-    counts = [math.floor(w * size) for w, size in zip(wanted, sizes)]
+    counts = [math.floor(share * size) for share, size in zip(wanted, sizes)]
     by_remainder = sorted(range(len(sizes)), key=lambda i: counts[i] - wanted[i] * sizes[i])
     for i in by_remainder[:total - sum(counts)]:
         counts[i] += 1
@@ -370,6 +370,7 @@ class Pruner:
             require(not wrong,
                     f"pattern='2:4' needs a last dimension that is a multiple of 4, unlike {wrong}")
             return
+        self.planned_counts(target)  # refuses what bitter4's cap forbids
         limits = [most_that_can_go(p.numel(), FLOOR) for p in self.named.values()]
         total = round(target * self.scope_size)
         require(total <= sum(limits),
