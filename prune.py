@@ -559,10 +559,10 @@ class Pruner:
 
 
 def copied(value, device):
-    """A tensor, or a dict of tensors, copied to `device`."""
+    """A tensor, or a dict with tensors in it, copied to `device`; numbers as they are."""
     if isinstance(value, dict):
         return {key: copied(each, device) for key, each in value.items()}
-    return value.detach().to(device, copy=True)
+    return value.detach().to(device, copy=True) if torch.is_tensor(value) else value
 
 
 def named_matrices(optimizer):
