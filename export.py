@@ -31,14 +31,11 @@ class ExportSettings:
 FILE = 'model.safetensors'
 SIZES = dict(vocab_size='vocab_size', block_size='n_positions', n_layer='n_layer', n_head='n_head',
              n_embd='n_embd')  # fields of GPTConfig: keys of config.json
-FIXED = {  # key of config.json: what our model can be, the format's default and ours first
+FIXED = {  # key of config.json: what our model can be where weights do not show it, default first
     'activation_function': ('gelu_new', 'gelu_pytorch_tanh'),
     'layer_norm_epsilon': (1e-5,),
     'scale_attn_weights': (True,),
     'scale_attn_by_inverse_layer_idx': (False,),
-    'reorder_and_upcast_attn': (False,),
-    'add_cross_attention': (False,),
-    'tie_word_embeddings': (True,),
 }
 BLOCK = {  # our module: (theirs, shape of its weight in widths)
     'norm_1': ('ln_1', (1,)),

@@ -270,7 +270,6 @@ DAMAGES = {
              CONFIG + "activation_function='gelu' must be 'gelu_new'"),
     'inverse layer': (change_config(scale_attn_by_inverse_layer_idx=True),
                       CONFIG + 'scale_attn_by_inverse_layer_idx=True must be False'),
-    'untied': (change_config(tie_word_embeddings=False), CONFIG + 'tie_word_embeddings=False must'),
     'epsilon': (change_config(layer_norm_epsilon=1e-6), CONFIG + 'layer_norm_epsilon=1e-06 must'),
     'no layers': (change_config(n_layer='gone'), CONFIG + 'n_layer=None must be a positive'),
     'no weights': (lambda folder: os.remove(folder / 'model.safetensors'),
