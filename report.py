@@ -139,13 +139,18 @@ def series(run, key):
     return np.array(finite).reshape(-1, 2).T
 
 
+def evaluated(run):
+    """Whether there is a curve of the validation loss."""
+    return series(run, 'val_loss').shape[1] > 1
+
+
 def losses(run):
     """(validation loss, running mean of the training loss); the latter twice if evaluated once."""
     validation = series(run, 'val_loss')
     training = series(run, 'loss')
     if (width := training.shape[1] // 50) > 1:
         training = np.array([np.convolve(row, np.ones(width) / width, 'valid') for row in training])
-    return (validation if validation.shape[1] > 1 else training), training
+    return (validation if evaluated(run) else training), training
 
 
 def difference(run, first):
@@ -182,7 +187,8 @@ def picture(runs):
         draw_maps(right, pruned)
     axes = draw_curves(left, runs)
     figure.draw_without_rendering()  # fixes the heights of the panels
-    label_ends(axes['validation loss'], [run.name for run in runs], '{}  {:.3f}')
+    names = [run.name if evaluated(run) else f'{run.name}, training' for run in runs]
+    label_ends(axes['validation loss'], names, '{}  {:.3f}')
     if 'minus the first' in axes:
         label_ends(axes['minus the first'], [runs[0].name] + [''] * len(runs), '{} {:+.3f}')
     return figure
@@ -208,8 +214,9 @@ def draw_curves(figure, runs):
             axis.plot(*curve, color=f'C{i}')
     axis.ticklabel_format(axis='y', style='sci', scilimits=(0, 0))
     axis.set_xlabel('training tokens (millions)')
-    for line in axes['validation loss'].lines:
-        line.set(marker='o', markersize=3, markevery=max(1, len(line.get_xdata()) // 20))
+    for run, line in zip(runs, axes['validation loss'].lines):
+        every = max(1, len(line.get_xdata()) // 20)
+        line.set(marker='o' if evaluated(run) else '', markersize=3, markevery=every)
     if len(runs) <= 3:  # training losses of more cannot be told apart
         axes['validation loss'].set_ylabel('loss (dots: validation, thin: training)')
         for i, run in enumerate(runs):

@@ -273,7 +273,9 @@ def test_runs_that_measured_little_or_nothing(run, tmp_path):
     for folders in ([nothing], [nothing, early, nan, run('good')]):
         assert report.main([*folders, f'--plot={tmp_path}/x.png']) == 0
     figure = report.picture(loaded(early))
-    assert f'early  {loss_at(40, 3.0) - 0.1:.3f}' in texts(axis_of(figure, 'loss'))
+    axis = axis_of(figure, 'loss')
+    assert texts(axis) == [f'early, training  {loss_at(40, 3.0) - 0.1:.3f}']
+    assert axis.lines[0].get_marker() == ''  # dots are evaluations
 
 
 def test_same_names_become_paths(run, tmp_path, capsys):
