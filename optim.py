@@ -417,8 +417,8 @@ class Reference(Paper):
             if t > 1:
                 clip = optimizer.function_for(part, clip_spikes)
                 cuts.append(clip(grad, exp_avg_sq, self.theta, 1e-12))
-            exp_avg.mul_(torch.where(fired, 0.5, 1.0))
-            exp_avg_sq.mul_(torch.where(fired, 0.9, 1.0))
+            exp_avg.mul_(1 - 0.5 * fired.double())
+            exp_avg_sq.mul_(1 - 0.1 * fired.double())
             if self.is_reset(t):
                 torch._foreach_zero_([exp_avg, exp_avg_sq])
             numbers = optimizer.numbers(group, part, group['lr'] * self.factor(t))
@@ -460,7 +460,7 @@ SPAM_MODES = {'paper': Paper, 'reference': Reference, 'stable': Stable}
 
 def is_norm_spike(history, norm):
     """Whether `norm` (0-dim) is more than 2 standard deviations above the mean of the last 100
-    before it, 0-dim bool; not with fewer than 10, nor where clipping has made them all equal.
+    before it, 0-dim bool; not with fewer than 10, nor by rounding where clipping made all equal.
 
     Then remembers it in history['norms'] (100,) and ['count'], unless it is not finite.
     """
@@ -471,7 +471,7 @@ def is_norm_spike(history, norm):
     n = count.clamp(min=1, max=len(norms))
     mean = torch.where(there, norms, 0).sum() / n
     deviation = (torch.where(there, norms - mean, 0).square().sum() / n).sqrt()
-    fires = (count >= 10) & (deviation > 1e-6 * mean) & (norm - mean > 2 * deviation)
+    fires = (count >= 10) & (norm - mean > torch.maximum(2 * deviation, 1e-5 * mean))
     here = norm.isfinite() & (position == count % len(norms))
     norms.copy_(torch.where(here, norm, norms))
     count.add_(norm.isfinite())
@@ -633,16 +633,15 @@ class AdamWPrune(AdamWSPAM):
 
 def build_adamw(groups, settings, flats, compiled):
     s = settings
-    return AdamW(groups, s.learning_rate, (s.beta1, s.beta2), s.eps, s.weight_decay, flats=flats,
-                 compiled=compiled)
+    return AdamW(groups, s.learning_rate, (s.beta1, s.beta2), weight_decay=s.weight_decay,
+                 flats=flats, compiled=compiled)
 
 
 def build_adamwspam(groups, settings, flats, compiled):
     s = settings
-    return AdamWSPAM(groups, s.learning_rate, (s.beta1, s.beta2), s.eps, s.weight_decay,
+    return AdamWSPAM(groups, s.learning_rate, (s.beta1, s.beta2), weight_decay=s.weight_decay,
                      spam_mode=s.spam_mode, spam_interval=s.spam_interval,
-                     spam_warmup=s.spam_warmup, spam_theta=s.spam_theta, spam_grace=s.spam_grace,
-                     flats=flats, compiled=compiled)
+                     spam_warmup=s.spam_warmup, flats=flats, compiled=compiled)
 
 
 OPTIMIZERS = {  # name -> function (groups, settings, flats, compiled); one entry adds an optimizer
