@@ -31,7 +31,7 @@ from support.rundir import read_metrics, size
 from support.settings import Refused, help_text, parse, run_command
 from support.shards import window_order
 
-LATE_STEPS = 50  # the losses that are compared are those logged in the last 50 steps
+LATE_STEPS = 50  # the losses that are compared are those logged in them, the last of a run
 
 
 @dataclass
@@ -48,7 +48,7 @@ def understood(argv):
     told = [argument for argument in argv if argument not in own]
     b, problems, _ = parse(Bench, own, config_files=False)
     s, _, _ = parse(train.Settings, told)
-    if b.steps:
+    if b.steps > 0:
         keys = ['max_iters', 'warmup_iters', 'lr_decay_iters']
         if s.prune_score != 'none':
             keys += ['prune_start', 'prune_end']
@@ -154,6 +154,7 @@ def plain_if_it_fits(s, machine, data):
 
 def profile_ours(told, trace, steps=3):
     """Print which operators or kernels take the time of train.py's steps. trace: file to write."""
+    os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # it reports its own start and stop otherwise
     run = train.prepare_run(told)
     for _ in range(steps):
         train.one_step(run)  # compiles
@@ -174,10 +175,12 @@ def profile_ours(told, trace, steps=3):
 def figures(records, flops, peak_flops):
     """What the table says of one training. flops: a token; peak_flops: of the device, or None."""
     rate = statistics.median(record['tokens_per_second'] for record in records[1:])
-    late = [record for record in records if record['step'] > records[-1]['step'] - LATE_STEPS]
+    steps = records[-1]['step']
+    late_from = steps - min(LATE_STEPS, steps // 2)
+    late = [record['loss'] for record in records if record['step'] > late_from]
     return dict(tokens_per_second=rate, mfu=rate * flops / peak_flops if peak_flops else None,
                 peak_memory_bytes=records[-1]['peak_memory_bytes'],
-                late_loss=statistics.mean(record['loss'] for record in late), records=records)
+                late_loss=statistics.mean(late), records=records)
 
 
 def results(s, machine, data, run_dir, plain):
@@ -212,11 +215,11 @@ def table(r):
     peak = f'{r["peak_flops"]:.3g} FLOP/s in bfloat16' if r['peak_flops'] else 'unknown'
     return '\n'.join([
         *lines, '',
-        f'late loss: mean of those logged in the last {LATE_STEPS} steps',
+        f'late loss: mean of those logged in the last {LATE_STEPS} steps, or half of the run',
         'MFU = tokens/s x FLOPs a token / peak; FLOPs a token = 6 a weight that multiplies + those '
         f'of attention (GPT.flops_per_token) = {r["flops_a_token"]:,}; peak {peak}',
         f'train.py: first step done after {r["first_step_seconds"]:.1f} s; {r["graphs"]} compiled '
-        f'graphs, {r["recompilations"]} of them later; {r["graph_breaks"]} graph breaks'])
+        f'graphs, {r["recompilations"]} of them after it; {r["graph_breaks"]} graph breaks'])
 
 
 def main(argv):

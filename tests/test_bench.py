@@ -57,7 +57,7 @@ def test_flops_are_those_of_the_formula(benched):
 
 def test_table_tells_both_and_what_starting_took(benched):
     _, r, text = benched
-    told = text[text.index('tokens/s         MFU'):].splitlines()
+    told = text[text.index('peak memory   late loss'):].splitlines()
     assert told[1].split()[:3] == ['ours', f'{r["ours"]["tokens_per_second"]:,.0f}', 'unknown']
     assert told[2].split()[0] == 'plain' and told[2].endswith(f'{r["plain"]["late_loss"]:.4f}')
     assert told[3].startswith('difference in late loss ')
@@ -100,19 +100,22 @@ def test_plain_step_is_never_in_float8_and_never_pruned(tiny):
     assert plain_losses(tiny(max_iters=6, log_interval=1, **pruned)) == expected
 
 
-def test_plain_step_in_bfloat16_keeps_float32_weights(tiny, monkeypatch):
-    seen = []
+def test_plain_step_in_bfloat16_multiplies_float32_weights(tiny, monkeypatch):
+    seen = set()
     plain_loss = bench.plain_loss
 
     def watched(model, idx, targets):
+        fc = model.blocks[0].mlp.fc
+        hook = fc.register_forward_hook(
+            lambda module, inputs, output: seen.add((module.weight.dtype, output.dtype)))
         loss = plain_loss(model, idx, targets)
-        seen.append({p.dtype for p in model.parameters()})
-        assert model.hidden(idx).dtype == torch.bfloat16 and loss.dtype == torch.float32
+        hook.remove()
         return loss
 
     monkeypatch.setattr(bench, 'plain_loss', watched)
-    plain_losses(tiny(max_iters=2, dtype='bfloat16'))
-    assert seen == 4 * [{torch.float32}]
+    plain_losses(tiny(max_iters=4, dtype='bfloat16'))
+    plain_losses(tiny(max_iters=4))
+    assert seen == {(torch.float32, torch.bfloat16), (torch.float32, torch.float32)}
 
 
 # --- with a training that was prepared ------------------------------------------------------------
@@ -143,13 +146,13 @@ def test_what_is_told_of_a_run(tiny, tmp_path, prepared, monkeypatch, capsys):
     assert bench.main(tiny(plain=False, json=tmp_path / 'r.json')) == 0
     r = json.loads((tmp_path / 'r.json').read_text())
     ours = r['ours']
-    assert r['plain'] is None and ours['tokens_per_second'] == 200 and ours['late_loss'] == 3
+    assert r['plain'] is None and ours['tokens_per_second'] == 200 and ours['late_loss'] == 2.5
     assert ours['mfu'] == pytest.approx(200 * r['flops_a_token'] / 1e9)
     assert (r['graphs'], r['recompilations'], r['graph_breaks']) == (7, 2, 1)
     told = capsys.readouterr().out
-    assert f'ours             200{ours["mfu"]:10.1%}      60.0 MiB      3.0000' in told
+    assert f'ours             200{ours["mfu"]:10.1%}      60.0 MiB      2.5000' in told
     assert 'peak 1e+09 FLOP/s' in told and 'difference' not in told
-    assert 'after 12.3 s; 7 compiled graphs, 2 of them later; 1 graph breaks' in told
+    assert 'after 12.3 s; 7 compiled graphs, 2 of them after it; 1 graph breaks' in told
 
 
 @pytest.mark.parametrize('error', [torch.OutOfMemoryError, RuntimeError])  # as the compiler says it
