@@ -48,7 +48,7 @@ def understood(argv):
     told = [argument for argument in argv if argument not in own]
     b, problems, _ = parse(Bench, own, config_files=False)
     s, _, _ = parse(train.Settings, told)
-    if b.steps > 0:
+    if b.steps > 0 and s.max_iters > 0:
         keys = ['max_iters', 'warmup_iters', 'lr_decay_iters']
         if s.prune_score != 'none':
             keys += ['prune_start', 'prune_end']

@@ -195,6 +195,8 @@ def test_all_problems_are_told_at_once(tiny, monkeypatch):
     problems = refusal(bench.main, tiny(steps='x', n_layer=0, batchsize=2))
     for words in ("steps='x'", 'n_layer=0', 'batchsize', 'without torchrun'):
         assert any(words in problem for problem in problems), words
+    problems = refusal(bench.main, tiny(steps=3, max_iters=0))
+    assert 'max_iters=0: must be at least 1' in problems
 
 
 @pytest.mark.parametrize('told, expected', [
