@@ -1,0 +1,690 @@
+"""prune.Pruner under any optimizer, and AdamWPrune: masks that are never violated, sparsity to the
+letter of the schedule, parameters that are left alone, and state that survives everything."""
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+import torch.nn as nn
+
+import optim
+import prune
+from optim import AdamW, AdamWPrune, AdamWSPAM
+from prune import Pruner
+
+RAMP = dict(start=4, end=20, interval=3)
+SPAM = dict(spam_interval=9, spam_warmup=4, spam_grace=2, spam_theta=50.0)
+N = 12 * 16 + 8 * 32  # weights of the matrices below
+
+
+class Lion(torch.optim.Optimizer):
+    """arXiv 2302.06675, in its shortest form."""
+
+    def __init__(self, params, lr=1e-3, beta1=0.9, beta2=0.99, weight_decay=0.1):
+        super().__init__(params, dict(lr=lr, beta1=beta1, beta2=beta2, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group['params']:
+                if p.grad is None:
+                    continue
+                m = self.state[p].setdefault('momentum', torch.zeros_like(p))
+                direction = (m * group['beta1'] + p.grad * (1 - group['beta1'])).sign()
+                p.mul_(1 - group['lr'] * group['weight_decay']).add_(direction, alpha=-group['lr'])
+                m.lerp_(p.grad, 1 - group['beta2'])
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose matrices are made orthogonal by Newton and Schulz's iteration."""
+
+    def __init__(self, params, lr=0.02, momentum=0.95):
+        super().__init__(params, dict(lr=lr, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group['params']:
+                if p.grad is None:
+                    continue
+                m = self.state[p].setdefault('momentum', torch.zeros_like(p))
+                m.mul_(group['momentum']).add_(p.grad)
+                update = m if p.dim() < 2 else self.orthogonal(m.flatten(1)).view_as(p)
+                p.add_(update, alpha=-group['lr'])
+
+    def orthogonal(self, x):
+        x = x / (x.norm() + 1e-7)
+        for _ in range(5):
+            x = 1.5 * x - 0.5 * x @ x.t() @ x
+        return x
+
+
+OTHERS = {
+    'SGD': lambda params: torch.optim.SGD(params, lr=1e-2, momentum=0.9, weight_decay=1e-3),
+    'torch AdamW': lambda params: torch.optim.AdamW(params, lr=1e-2),
+    'Muon': Muon,
+    'Lion': Lion,
+}
+
+
+def parameters(dtype=torch.float32):
+    draw = torch.Generator().manual_seed(0)
+    shapes = ((12, 16), (9,), (8, 4, 8))
+    made = [torch.randn(shape, dtype=torch.float64, generator=draw) for shape in shapes]
+    return [nn.Parameter(each.to(dtype)) for each in made]
+
+
+def give_gradients(params, step):
+    draw = torch.Generator().manual_seed(step)
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=draw).to(p.dtype)
+
+
+def ramp(score, **more):
+    """Arguments of a Pruner."""
+    extra = dict(allow_extra_memory=score == 'bitter10')
+    return {**dict(score=score, target_sparsity=0.5), **RAMP, **extra, **more}
+
+
+def run(optimizer, params, steps, first=0, pruner=None):
+    for step in range(first, steps):
+        give_gradients(params, step)
+        optimizer.step()
+        if pruner:
+            pruner.step()
+
+
+def pruned(masks):
+    return sum(int((~mask).sum()) for mask in masks.values())
+
+
+def assert_zero_where_pruned(pruner):
+    for p, mask in pruner.masks.items():
+        assert (p[~mask] == 0).all() and (p[mask] != 0).all()
+
+
+def assert_same(a, b, path=''):
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a:
+            assert_same(a[key], b[key], f'{path}.{key}')
+    elif torch.is_tensor(a):
+        assert a.dtype == b.dtype and torch.equal(a, b), path
+    else:
+        assert a == b, path
+
+
+# --- under other optimizers -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('score', ['magnitude', 'movement'])
+@pytest.mark.parametrize('name', OTHERS)
+def test_prunes_a_small_model_under_any_optimizer(name, score):
+    """It learns, ends half zero, and every step keeps to the schedule."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 1))
+    optimizer = OTHERS[name](net.parameters())
+    pruner = Pruner(optimizer, score=score, target_sparsity=0.5, start=20, end=200, interval=20)
+    x = torch.randn(128, 8)
+    y = x[:, :2].sin().sum(1, keepdim=True)
+    losses = []
+    for step in range(1, 301):
+        optimizer.zero_grad()
+        loss = (net(x) - y).square().mean()
+        loss.backward()
+        optimizer.step()
+        pruner.step()
+        losses.append(loss.item())
+        expected = prune.sparsity_at(step, 'zhu_gupta', 0.5, 20, 200, 20)
+        assert pruner.pruned == round(expected * pruner.scope_size)
+    zeros = sum(int((p == 0).sum()) for p in net.parameters() if p.dim() >= 2)
+    assert zeros == pruner.pruned == round(0.5 * (8 * 32 + 32 * 32 + 32)) and pruner.frozen
+    assert losses[-1] < 0.2 * losses[0]
+
+
+@pytest.mark.parametrize('name', OTHERS)
+def test_frozen_unused_and_excluded_parameters_stay_to_the_bit(name):
+    """A frozen base with trained adapters, a module that is never used, a group of prune=False."""
+    torch.manual_seed(0)
+    base = nn.Linear(16, 16).requires_grad_(False)
+    down = nn.Linear(16, 4, bias=False)
+    up = nn.Linear(4, 16, bias=False)
+    head = nn.Linear(16, 3)
+    unused = nn.Linear(16, 16)
+    modules = nn.ModuleList([base, down, up, unused])
+    groups = [dict(params=list(modules.parameters())),
+              dict(params=list(head.parameters()), prune=False)]
+    before = copy.deepcopy(modules.state_dict())
+    optimizer = OTHERS[name](groups)
+    pruner = Pruner(optimizer, score='magnitude', target_sparsity=0.5, start=1, end=6, interval=1)
+    for _ in range(10):
+        optimizer.zero_grad()
+        x = torch.randn(32, 16)
+        (head(base(x) + up(down(x))) - 1).square().mean().backward()
+        optimizer.step()
+        pruner.step()
+    assert list(pruner.masks) == [down.weight, up.weight] and pruner.pruned == 64
+    assert (down.weight == 0).sum() + (up.weight == 0).sum() == 64
+    assert (head.weight != 0).all()
+    for key, value in modules.state_dict().items():
+        if key[0] in '03':
+            assert torch.equal(value, before[key]), key
+
+
+@pytest.mark.parametrize('name', ['SGD', 'Muon', 'Lion'])
+def test_scores_of_moments_are_refused_where_there_are_none(name):
+    params = parameters()
+    optimizer = OTHERS[name](params)
+    pruner = Pruner(optimizer, **ramp('bitter7'))
+    told = f"score='bitter7' needs exp_avg_sq, which {type(optimizer).__name__} does not keep"
+    with pytest.raises(ValueError, match=told):
+        run(optimizer, params, 1, pruner=pruner)
+
+
+@pytest.mark.parametrize('score', prune.SCORES)
+def test_torch_adamw_and_ours_choose_the_same_masks(score):
+    """Float32 differs in the last place: a few weights at the threshold may."""
+    masks = []
+    for kind in (torch.optim.AdamW, AdamW):
+        params = parameters(torch.float64)
+        optimizer = kind(params, lr=1e-2)
+        pruner = Pruner(optimizer, **ramp(score))
+        run(optimizer, params, 25, pruner=pruner)
+        masks.append(torch.cat([mask.flatten() for mask in pruner.masks.values()]))
+    assert (masks[0] != masks[1]).sum() <= 2 and (~masks[0]).sum() == N // 2
+
+
+def test_step_without_gradients_is_refused():
+    params = parameters()
+    optimizer = torch.optim.SGD(params, lr=0.1)
+    pruner = Pruner(optimizer, **ramp('magnitude'))
+    with pytest.raises(ValueError, match='no matrix has a gradient; call step.. after'):
+        pruner.step()
+
+
+@pytest.mark.parametrize('name', ['SGD', 'Muon'])
+@pytest.mark.parametrize('score, regrow', [('movement', False), ('magnitude', True)])
+def test_pruner_continues_to_the_bit_beside_any_optimizer(name, score, regrow, tmp_path):
+    results = []
+    for split in (None, 2, 11):
+        params = parameters()
+        optimizer = OTHERS[name](params)
+        more = dict(regrow=regrow, srste=1e-2 * regrow)
+        pruner = Pruner(optimizer, **ramp(score, **more))
+        if split:
+            run(optimizer, params, split, pruner=pruner)
+            saved = (params, optimizer.state_dict(), pruner.state_dict())
+            torch.save(saved, tmp_path / 'saved')
+            weights, first, second = torch.load(tmp_path / 'saved', weights_only=True)
+            params = [nn.Parameter(p.detach()) for p in weights]
+            optimizer = OTHERS[name](params)
+            pruner = Pruner(optimizer, **ramp(score, **more))
+            optimizer.load_state_dict(first)
+            pruner.load_state_dict(second)
+        run(optimizer, params, 26, split or 0, pruner)
+        results.append((params, pruner.state_dict()))
+    for params, state in results[1:]:
+        assert_same(results[0][1], state)
+        assert all(torch.equal(p, q) for p, q in zip(results[0][0], params))
+
+
+def test_names_come_from_the_optimizer_where_it_has_them():
+    params = parameters()
+    named = torch.optim.SGD([('a.weight', params[0]), ('b.bias', params[1])], lr=0.1)
+    assert list(Pruner(named, **ramp('magnitude')).named) == ['a.weight']
+    plain = torch.optim.SGD([dict(params=params[:2]), dict(params=params[2:])], lr=0.1)
+    assert list(Pruner(plain, **ramp('magnitude')).named) == ['0', '2']
+    state = Pruner(named, **ramp('magnitude')).state_dict()
+    state['masks'] = {'c.weight': torch.ones(2)}
+    with pytest.raises(ValueError, match="mask of 'c.weight', which is not among"):
+        Pruner(named, **ramp('magnitude')).load_state_dict(state)
+
+
+# --- masks and schedule ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize('regrow, srste', [(False, 0.0), (True, 0.0), (True, 2e-2)])
+@pytest.mark.parametrize('schedule', prune.SCHEDULES)
+def test_masks_hold_and_follow_the_schedule_at_every_step(dtype, regrow, srste, schedule):
+    params = parameters(dtype)
+    optimizer = AdamWPrune(params, lr=1e-1, weight_decay=0.1, regrow=regrow, srste=srste,
+                           **ramp('bitter7', schedule=schedule))
+    pruner = optimizer.pruner
+    before = None
+    came_back = [0, 0]
+    for step in range(1, 31):
+        run(optimizer, params, step, step - 1)
+        expected = round(prune.sparsity_at(step, schedule, 0.5, **RAMP) * N)
+        assert pruned(pruner.masks) == pruner.pruned == expected
+        assert pruner.sparsity == expected / N
+        assert_zero_where_pruned(pruner)
+        now = [mask.clone() for mask in pruner.masks.values()]
+        if before:
+            back = sum(int((mask & ~was).sum()) for was, mask in zip(before, now))
+            came_back[step > RAMP['end']] += back
+        before = now
+        for p in params:
+            assert ('mask' in optimizer.state[p]) == (p.dim() >= 2)
+            master = optimizer.state[p].get('master', p)
+            assert torch.equal(master.to(dtype), p)
+    assert pruner.frozen and came_back[1] == 0 and (came_back[0] > 0) == regrow
+    assert not pruner.dense
+
+
+@pytest.mark.parametrize('score', prune.SCORES)
+@pytest.mark.parametrize('spam', [{}, dict(base='adamwspam', **SPAM)])
+def test_every_score_prunes_exactly_and_for_good(score, spam):
+    params = parameters()
+    optimizer = AdamWPrune(params, lr=5e-2, **ramp(score, interval=1), **spam)
+    pruner = optimizer.pruner
+    masks = None
+    for step in range(1, 26):
+        run(optimizer, params, step, step - 1)
+        now = [mask.clone() for mask in pruner.masks.values()]
+        assert_zero_where_pruned(pruner)
+        assert pruned(pruner.masks) == pruner.pruned
+        if masks:
+            assert not any((mask & ~was).any() for was, mask in zip(masks, now))
+        if not spam:
+            assert pruner.pruned == round(prune.sparsity_at(step, 'zhu_gupta', 0.5, 4, 20, 1) * N)
+        masks = now
+    assert pruner.sparsity == 0.5
+
+
+@pytest.mark.parametrize('allocation', ['global', 'layer'])
+def test_the_first_choice_is_the_lowest_scores(allocation):
+    params = parameters()
+    optimizer = AdamWPrune(params, lr=1e-2, target_sparsity=0.4, start=2, end=3, score='bitter7',
+                           allocation=allocation)
+    twin = parameters()
+    plain = torch.optim.AdamW(twin, lr=1e-2)
+    for step in range(3):
+        run(optimizer, params, step + 1, step)
+        run(plain, twin, step + 1, step)
+        assert (optimizer.pruner.sparsity == 0) == (step < 2)
+    scores = [p.detach().abs() * (plain.state[p]['exp_avg_sq'] + 1e-12) ** 0.25 for p in twin]
+    scores = [s.flatten() for s in scores if s.dim() > 1]
+    masks = [mask.flatten() for mask in optimizer.pruner.masks.values()]
+    if allocation == 'global':
+        scores = [torch.cat(scores)]
+        masks = [torch.cat(masks)]
+    for s, mask in zip(scores, masks):
+        lowest = s.argsort(stable=True)[:round(0.4 * len(s))]
+        assert not mask[lowest].any() and abs(int((~mask).sum()) - len(lowest)) <= 1
+    assert pruned(optimizer.pruner.masks) == round(0.4 * N)
+
+
+def test_bitter4_prunes_late_layers_more():
+    params = [nn.Parameter(torch.randn(20, 50)) for _ in range(3)]
+    named = [(f'blocks.{i}.weight', p) for i, p in enumerate(params)]
+    optimizer = AdamWPrune(named, start=1, end=2, score='bitter4')
+    run(optimizer, params, 2)
+    shares = optimizer.pruner.sparsity_by_name()
+    expected = {'blocks.0.weight': 0.35, 'blocks.1.weight': 0.5, 'blocks.2.weight': 0.65}
+    assert shares == pytest.approx(expected)
+
+
+def test_no_masks_in_the_spike_warm_up():
+    """Resets at updates 9, 18, 27, warm-up to 13, 22, 31: there masks wait."""
+    params = parameters()
+    optimizer = AdamWPrune(params, lr=1e-2, base='adamwspam', **SPAM, **ramp('magnitude'))
+    chosen = []
+    for step in range(1, 31):
+        before = optimizer.pruner.masked_at
+        run(optimizer, params, step, step - 1)
+        if optimizer.pruner.masked_at != before:
+            chosen.append(step)
+    assert chosen == [4, 7, 14, 16, 23] and optimizer.pruner.frozen  # due at 4, 7 ... 19 and 20
+
+
+@pytest.mark.parametrize('never', [dict(target_sparsity=0.0), dict(start=100, end=200)])
+@pytest.mark.parametrize('regrow', [False, True])
+def test_without_pruning_it_is_adamw(never, regrow):
+    ours = parameters(torch.float64)
+    theirs = parameters(torch.float64)
+    settings = {**ramp('bitter7'), **never}
+    optimizer = AdamWPrune(ours, lr=1e-2, regrow=regrow, srste=0.1 * regrow, **settings)
+    run(optimizer, ours, 30)
+    run(torch.optim.AdamW(theirs, lr=1e-2), theirs, 30)
+    for p, q in zip(ours, theirs):
+        torch.testing.assert_close(p, q, rtol=1e-13, atol=1e-13)
+    assert optimizer.pruner.sparsity == 0
+
+
+def test_regrowth_moves_dense_weights_by_the_gradient_at_the_masked_ones():
+    """Straight-through with SR-STE, followed step by step under plain gradient descent."""
+    start = torch.arange(1.0, 21).view(4, 5)
+    p = nn.Parameter(start.clone())
+    optimizer = torch.optim.SGD([p], lr=0.1)
+    pruner = Pruner(optimizer, score='magnitude', target_sparsity=0.5, start=1, end=50, interval=1,
+                    regrow=True, srste=0.2, schedule='linear')
+    dense = start.clone()
+    mask = torch.ones(4, 5, dtype=torch.bool)
+    for step in range(1, 40):
+        p.grad = 0.3 * p.detach()  # the loss sees masked weights
+        dense = dense - 0.1 * (0.3 * torch.where(mask, dense, 0) + 0.2 * dense * ~mask)
+        optimizer.step()
+        pruner.step()
+        count = round(prune.sparsity_at(step, 'linear', 0.5, 1, 50, 1) * 20)
+        mask = torch.ones(20, dtype=torch.bool)
+        mask[dense.abs().flatten().argsort(stable=True)[:count]] = False
+        mask = mask.view(4, 5)
+        torch.testing.assert_close(p.detach(), torch.where(mask, dense, 0))
+        if count:
+            torch.testing.assert_close(pruner.dense[p], dense)
+
+
+def test_regrowth_with_a_closure_is_refused():
+    params = parameters()
+    optimizer = AdamWPrune(params, regrow=True, **ramp('magnitude'))
+    give_gradients(params, 0)
+    with pytest.raises(ValueError, match=r'regrow=True does not go with step\(closure\)'):
+        optimizer.step(lambda: torch.tensor(0.0))
+
+
+def test_2_4_takes_two_of_four_at_once():
+    params = parameters()
+    optimizer = AdamWPrune(params, lr=1e-2, pattern='2:4', score='magnitude', start=2, end=20,
+                           interval=5)
+    first = None
+    for step in range(1, 25):
+        run(optimizer, params, step, step - 1)
+        pruner = optimizer.pruner
+        if step < 2:
+            assert pruner.sparsity == 0
+            continue
+        assert pruner.sparsity == 0.5 and pruner.frozen and pruner.masked_at == 2  # chosen once
+        assert_zero_where_pruned(pruner)
+        for mask in pruner.masks.values():
+            assert (mask.view(-1, 4).sum(1) == 2).all()
+        masks = torch.cat([mask.flatten() for mask in pruner.masks.values()])
+        first = masks if first is None else first
+        assert torch.equal(first, masks)
+
+
+def test_learning_rate_of_pruned_groups_rises():
+    """rate_factor by hand on a Pruner equals what AdamWPrune does by itself."""
+    a = parameters()
+    b = parameters()
+
+    def groups(params):
+        return [dict(params=[params[0], params[2]]), dict(params=[params[1]])]
+
+    ours = AdamWPrune(groups(a), lr=1e-2, lr_power=2.0, **ramp('magnitude'))
+    plain = AdamW(groups(b), lr=1e-2)
+    pruner = Pruner(plain, lr_power=2.0, **ramp('magnitude'))
+    for step in range(30):
+        run(ours, a, step + 1, step)
+        for group in plain.param_groups:
+            group['lr'] = 1e-2 * pruner.rate_factor(group)
+        run(plain, b, step + 1, step, pruner)
+        assert ours.param_groups[0]['lr'] == 1e-2
+    for p, q in zip(a, b):
+        assert torch.equal(p, q)
+    assert pruner.rate_factor(plain.param_groups[0]) == 4.0
+    assert pruner.rate_factor(plain.param_groups[1]) == 1.0
+
+
+def test_memory_is_one_boolean_a_weight():
+    for score, extra in (('bitter7', 0), ('movement', 1), ('bitter10', 3)):
+        params = parameters()
+        optimizer = AdamWPrune(params, **ramp(score))
+        run(optimizer, params, 25)
+        keys = set(optimizer.state[params[0]])
+        assert keys == {'step', 'exp_avg', 'exp_avg_sq', 'mask'}
+        pruner = optimizer.pruner
+        numbers = sum(each.numel() for each in pruner.initial.values())
+        for tracker in pruner.trackers.values():
+            numbers += sum(x.numel() for x in tracker.values() if x.dim())
+        assert numbers == extra * N and not pruner.dense
+        assert optimizer.state[params[0]]['mask'] is pruner.masks[params[0]]
+
+
+@pytest.mark.parametrize('score', prune.SCORES)
+def test_steps_ask_the_device_nothing_but_where_masks_are_chosen(score, monkeypatch):
+    params = parameters()
+    optimizer = AdamWPrune(params, **ramp(score))
+    run(optimizer, params, 5)  # the first choice was after 4
+
+    def asked(*arguments):
+        raise AssertionError('a tensor was read on the host')
+
+    for step in (5, 7):
+        give_gradients(params, step)
+        with monkeypatch.context() as patched:
+            for name in ('item', 'tolist', '__bool__', '__int__', '__float__', '__index__', 'cpu'):
+                patched.setattr(torch.Tensor, name, asked)
+            optimizer.step()
+        run(optimizer, params, step + 2, step + 1)
+
+
+# --- refusals -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('wrong, told', [
+    (dict(start=20, end=20), 'start=20 end=20 interval=3: need 0 <= start < end'),
+    (dict(interval=0), 'interval=0'),
+    (dict(target_sparsity=1.0), 'target_sparsity=1.0 must be at least 0 and below 1'),
+    (dict(target_sparsity=-0.1), 'target_sparsity=-0.1 must be'),
+    (dict(target_sparsity=math.nan), 'target_sparsity=nan must be'),
+    (dict(target_sparsity=0.995), 'target_sparsity=0.995 would prune 446 of 448 weights, but 1% of '
+                                  'each of 2 matrices stay, so that at most 443 can go'),
+    (dict(score='biter7'), "score='biter7' is not one of"),
+    (dict(schedule='cubic'), "schedule='cubic' is not one of"),
+    (dict(pattern='4:8'), "pattern='4:8' is not one of"),
+    (dict(allocation='row'), "allocation='row' is not one of"),
+    (dict(score='bitter10'), 'allow_extra_memory=True'),
+    (dict(score='bitter4', target_sparsity=0.97), '0.95'),
+    (dict(pattern='2:4', target_sparsity=0.6), "pattern='2:4' prunes exactly half; set 0.5"),
+    (dict(srste=1e-4), 'set regrow=True'),
+    (dict(regrow=True, srste=-1.0), 'srste=-1.0 must not be negative'),
+    (dict(lr_power=-1.0), 'lr_power=-1.0 must not be negative')])
+def test_the_impossible_is_refused(wrong, told):
+    with pytest.raises(ValueError) as caught:
+        Pruner(torch.optim.SGD(parameters(), lr=0.1), **{**ramp('magnitude'), **wrong})
+    assert told in str(caught.value)
+
+
+@pytest.mark.parametrize('wrong, told', [
+    (dict(base='sgd'), "AdamWPrune: base='sgd' is not one of adamw, adamwspam"),
+    (dict(spam_interval=50), "AdamWPrune: spam_interval given, but base='adamw'"),
+    (dict(base='adamwspam', spam_interval=150), 'lengthen the interval'),
+    (dict(lr=-1.0), 'AdamWPrune: lr=-1.0')])
+def test_adamwprune_refuses_the_impossible(wrong, told):
+    with pytest.raises(ValueError) as caught:
+        AdamWPrune(parameters(), **{**ramp('magnitude'), **wrong})
+    assert told in str(caught.value)
+
+
+def test_odd_shapes_and_nothing_to_prune_are_refused():
+    with pytest.raises(ValueError, match=r'a multiple of 4, unlike \[\(4, 6\)\]'):
+        AdamWPrune([nn.Parameter(torch.ones(4, 6))], pattern='2:4', **RAMP)
+    for alone in (torch.ones(4), torch.ones(4, 4)):
+        with pytest.raises(ValueError, match='nothing to prune'):
+            AdamWPrune([nn.Parameter(alone, requires_grad=alone.dim() < 2)], **RAMP)
+
+
+# --- saving ---------------------------------------------------------------------------------------
+
+MODES = {
+    'adamw': {},
+    'paper': dict(base='adamwspam', spam_mode='paper', **SPAM),
+    'reference': dict(base='adamwspam', spam_mode='reference', **SPAM),
+    'stable': dict(base='adamwspam', spam_mode='stable', **SPAM),
+}
+
+
+@pytest.mark.parametrize('score', prune.SCORES)
+@pytest.mark.parametrize('mode', MODES)
+@pytest.mark.parametrize('regrow', [False, True])
+def test_state_dict_continues_to_the_bit(score, mode, regrow):
+    dtype = torch.float32 if regrow else torch.bfloat16
+    more = {**ramp(score, regrow=regrow, srste=1e-3 * regrow), **MODES[mode]}
+
+    def fresh():
+        params = parameters(dtype)
+        return params, AdamWPrune(params, lr=5e-2, **more)
+
+    a, straight = fresh()
+    run(straight, a, 26)
+    for split in (0, 3, 11):  # before masks; between two choices, one overdue in a warm-up
+        b, first = fresh()
+        run(first, b, split)
+        saved = copy.deepcopy(first.state_dict())
+        c, second = fresh()
+        with torch.no_grad():
+            for p, q in zip(c, b):
+                p.copy_(q)
+        second.load_state_dict(saved)
+        run(second, c, 26, split)
+        assert_same(straight.state_dict()['state'], second.state_dict()['state'])
+        assert_same(straight.state_dict()['pruner'], second.state_dict()['pruner'])
+        assert_same(straight.state_dict()['spam'], second.state_dict()['spam'])
+        for p, q in zip(a, c):
+            assert torch.equal(p, q)
+        for p, mask in second.pruner.masks.items():
+            assert second.state[p]['mask'] is mask
+
+
+@pytest.mark.parametrize('mode', MODES)
+@pytest.mark.parametrize('regrow', [False, True])
+@pytest.mark.parametrize('make', [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))])
+def test_a_copy_continues_like_the_original(make, mode, regrow):
+    params = parameters()
+    more = dict(regrow=regrow, srste=1e-2 * regrow, **MODES[mode])
+    optimizer = AdamWPrune(params, lr=5e-2, **ramp('bitter3', **more))
+    run(optimizer, params, 8)
+    twin_params, twin = make((params, optimizer))
+    run(twin, twin_params, 26, 8)
+    assert pruned(optimizer.pruner.masks) < N // 2  # nothing is shared
+    run(optimizer, params, 26, 8)
+    for p, q in zip(params, twin_params):
+        assert torch.equal(p, q)
+    assert_same(optimizer.state_dict()['pruner'], twin.state_dict()['pruner'])
+
+
+# --- as training uses it --------------------------------------------------------------------------
+
+
+class Settings:
+    learning_rate = 1e-2
+    beta1 = 0.9
+    beta2 = 0.95
+    eps = 1e-8
+    weight_decay = 0.1
+    spam_mode = 'paper'
+    spam_interval = 9
+    spam_warmup = 4
+    spam_theta = 50.0
+    spam_grace = 2
+
+
+def small_run(optimizer, mode, score, dtype, regrow, weights=None):
+    """(modules, flats, optimizer, pruner) as train.py has them."""
+    torch.manual_seed(0)
+    blocks = nn.ModuleList(nn.Linear(12, 12) for _ in range(3))
+    net = nn.ModuleDict(dict(blocks=blocks, token_embedding=nn.Embedding(9, 12)))
+    if weights:
+        net.load_state_dict(weights)
+    flats = optim.flatten(net, dtype)
+    settings = Settings()
+    settings.spam_mode = mode
+    groups = optim.parameter_groups(flats, 0.1, 'blocks+embedding')
+    built = optim.OPTIMIZERS[optimizer](groups, settings, flats, False)
+    hold = built.recovering if isinstance(built, AdamWSPAM) else None
+    more = dict(regrow=regrow, srste=1e-3 * regrow, lr_power=1.0, hold=hold)
+    return net, flats, built, Pruner(built, **ramp(score, **more))
+
+
+def steps_of(everything, steps, first=0):
+    net, flats, optimizer, pruner = everything
+    for step in range(first, steps):
+        draw = torch.Generator().manual_seed(step)
+        for flat in flats:
+            for _, grad in flat.members:
+                grad.copy_(torch.randn(grad.shape, generator=draw))
+        norm = optim.gradient_norm(flats)
+        optim.scale_gradients(flats, 1 / norm, norm.isfinite())
+        for group in optimizer.param_groups:
+            group['lr'] = 1e-2 * pruner.rate_factor(group)
+        optimizer.step()
+        pruner.step()
+        optim.refresh_working(flats)
+
+
+KINDS = [  # optimizer, spam_mode, dtype, regrow
+    ('adamw', 'paper', torch.float32, False),
+    ('adamwprune', 'paper', torch.bfloat16, True),
+    ('adamwspam', 'paper', torch.bfloat16, False),
+    ('adamwspam', 'reference', torch.bfloat16, False),
+    ('adamwspam', 'stable', torch.float32, True),
+]
+
+
+@pytest.mark.parametrize('score', prune.SCORES)
+@pytest.mark.parametrize('optimizer, mode, dtype, regrow', KINDS)
+def test_a_saved_run_continues_to_the_bit(optimizer, mode, dtype, regrow, score, tmp_path):
+    straight = small_run(optimizer, mode, score, dtype, regrow)
+    steps_of(straight, 26)
+    first = small_run(optimizer, mode, score, dtype, regrow)
+    steps_of(first, 11)
+    weights = {}
+    for flat in first[1]:
+        weights.update({name: p.detach() for name, p in flat.parameters.items()})
+    torch.save((weights, first[2].state_dict(), first[3].state_dict()), tmp_path / 'saved')
+    weights, state, pruning = torch.load(tmp_path / 'saved', weights_only=True)
+    second = small_run(optimizer, mode, score, dtype, regrow, weights)
+    second[2].load_state_dict(state)
+    second[3].load_state_dict(pruning)
+    steps_of(second, 26, 11)
+    assert_same(straight[2].state_dict()['state'], second[2].state_dict()['state'])
+    assert_same(straight[3].state_dict(), second[3].state_dict())
+    for p, q in zip(straight[0].parameters(), second[0].parameters()):
+        assert torch.equal(p, q)
+    pruner = second[3]
+    assert pruner.sparsity == 0.5 and pruner.frozen
+    zeros = sum(int((p == 0).sum()) for p in second[0].parameters() if p.dim() >= 2)
+    assert zeros == pruner.pruned == pruned(pruner.masks)
+
+
+def test_flat_and_apart_choose_the_same_masks():
+    flat_run = small_run('adamw', 'paper', 'bitter7', torch.float32, False)
+    torch.manual_seed(0)
+    plain = nn.ModuleList(nn.Linear(12, 12) for _ in range(3))
+    net, flats, optimizer, pruner = flat_run
+    apart = AdamWPrune([linear.weight for linear in plain], 1e-2, (0.9, 0.95), weight_decay=0.1,
+                       lr_power=1.0, **ramp('bitter7'))
+    alone = Pruner(AdamW(optim.parameter_groups(flats, 0.1, 'blocks')), **ramp('bitter7'))
+    assert list(alone.named) == [f'blocks.{i}.weight' for i in range(3)]
+    for group in optimizer.param_groups:
+        group['prune'] = group['param_names'][0] == 'blocks.0.weight'
+    pruner = Pruner(optimizer, lr_power=1.0, **ramp('bitter7'))
+    for step in range(25):
+        steps_of((net, flats, optimizer, pruner), step + 1, step)
+        for i, linear in enumerate(plain):
+            linear.weight.grad = flats[0].parameters[f'blocks.{i}.weight'].grad.clone()
+        apart.step()
+    for i, linear in enumerate(plain):
+        mask = pruner.masks[flats[0].parameters[f'blocks.{i}.weight']]
+        assert torch.equal(mask, apart.state[linear.weight]['mask'])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+@pytest.mark.parametrize('regrow', [False, True])
+def test_gpu_steps_wait_for_nothing_but_where_masks_are_chosen(regrow):
+    params = [nn.Parameter(p.detach().cuda()) for p in parameters()]
+    optimizer = AdamWPrune(params, regrow=regrow, srste=1e-3 * regrow, **ramp('bitter7'))
+    for step in range(1, 26):
+        for p in params:
+            p.grad = torch.randn_like(p)
+        chooses = step in (1, 4, 7, 10, 13, 16, 19, 20)
+        torch.cuda.set_sync_debug_mode('default' if chooses else 'error')
+        try:
+            optimizer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode('default')
+    assert optimizer.pruner.sparsity == 0.5
+    assert_zero_where_pruned(optimizer.pruner)
