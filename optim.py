@@ -115,13 +115,12 @@ def clear(flats):
 
 
 def add_each(sums, terms):
-    """Add each tensor of `terms` to its one of `sums`. Compiled it is one kernel for all of them,
-    which mixed types are not otherwise."""
+    """Add each of `terms` to its one of `sums`; compiled it is one kernel even for mixed types."""
     torch._foreach_add_(sums, terms)
 
 
 def accumulate(flats, add=add_each):
-    """Add the gradients of the last backward to `grads` and free them. add: add_each, compiled or
+    """Add the gradients of the last backward to `grads` and free them, by add_each, compiled or
     not."""
     pairs = []
     for flat in flats:
@@ -138,8 +137,8 @@ def gradient_norm(flats):
 
 
 def scale_gradients(flats, clip, finite):
-    """Clip the accumulated gradients (clip: 0-dim factor), and make them 0 in a step that is not
-    finite (0-dim bool), because no NaN may reach weights or moments. Nothing waits."""
+    """Multiply the gradients by clip (0-dim), and make them 0 in a step that is not finite (0-dim
+    bool), because no NaN may reach weights or moments. Waits for nothing."""
     for flat in flats:
         flat.grads.mul_(clip).masked_fill_(~finite, 0)
 
@@ -185,28 +184,29 @@ class Part:
         self.master = None  # float32, of a parameter of less
         self.moments = []  # each like weight()
 
-    def end(self):
-        """Where the next neighbour begins."""
-        return self.parameters[-1].storage_offset() + padded(self.parameters[-1].numel())
+    def span(self):
+        """Where it lies in its flat tensor, padding included."""
+        last = self.parameters[-1]
+        end = last.storage_offset() + padded(last.numel())
+        return slice(self.parameters[0].storage_offset(), end)
 
     def weight(self):
         """What is updated, float32 or more."""
-        if self.flat is not None:
-            return self.flat.masters[self.parameters[0].storage_offset():self.end()]
+        if self.flat:
+            return self.flat.masters[self.span()]
         return (self.parameters[0] if self.master is None else self.master).detach()
 
     def gradient(self, copy=False):
         """Of the type of weight(). In a flat it is ours to change, else only a copy is."""
-        if self.flat is not None:
-            return self.flat.grads[self.parameters[0].storage_offset():self.end()]
+        if self.flat:
+            return self.flat.grads[self.span()]
         return self.parameters[0].grad.to(self.weight().dtype, copy=copy)
 
     def views(self, tensor):
         """Each parameter's share of a tensor like weight()."""
-        if self.flat is None:
+        if not self.flat:
             return [tensor]
-        first = self.parameters[0].storage_offset()
-        starts = [p.storage_offset() - first for p in self.parameters]
+        starts = [p.storage_offset() - self.span().start for p in self.parameters]
         return [tensor[i:i + p.numel()].view_as(p) for i, p in zip(starts, self.parameters)]
 
 
@@ -219,7 +219,7 @@ def parts_of(group, flats):
     for p in group['params']:
         flat = homes.get(p)
         last = parts[-1] if parts else None
-        if flat and last and last.flat is flat and last.end() == p.storage_offset():
+        if flat and last and last.flat is flat and last.span().stop == p.storage_offset():
             last.parameters.append(p)
         else:
             parts.append(Part(p, flat))
@@ -359,12 +359,11 @@ class Paper:
     theta = 5000.0
     moment_names = AdamW.moment_names
 
-    def __init__(self, interval, warmup, theta, grace, device):
+    def __init__(self, interval, warmup, theta, grace):
         self.interval = interval  # updates between resets; 0: none
         self.warmup = warmup  # N: updates 0 ... N from a reset on are held back
         self.grace = grace  # updates after the start or a reset in which nothing is cut
         self.theta = self.theta if theta is None else theta
-        self.history = {}  # tensors that are saved with the optimizer
 
     def since_reset(self, t):
         return t % self.interval if self.interval else t
@@ -402,14 +401,10 @@ class Reference(Paper):
     theta = 50.0
     moment_names = (*AdamW.moment_names, 'max_exp_avg_sq')
 
-    def __init__(self, interval, warmup, theta, grace, device):
-        super().__init__(interval, warmup, theta, grace, device)
-        self.history['norms'] = torch.zeros(100, dtype=torch.float64, device=device)
-        self.history['count'] = torch.zeros((), dtype=torch.int64, device=device)
-
     def update_all(self, optimizer, todo, t):
         norms = [torch.linalg.vector_norm(part.gradient()) for _, part in todo]
-        fired = is_norm_spike(self.history, torch.linalg.vector_norm(torch.stack(norms).double()))
+        norm = torch.linalg.vector_norm(torch.stack(norms).double())
+        fired = is_norm_spike(norm, optimizer.memory['norms'], optimizer.memory['norms_seen'])
         cuts = []
         for group, part in todo:
             grad = part.gradient(copy=True)
@@ -442,13 +437,13 @@ class Stable(Paper):
         for group, part in todo:
             grad = part.gradient(copy=True)
             states = [optimizer.state[p] for p in part.parameters]
-            for state in states:
-                state['seen'] = state.get('seen', 0) + 1
-                state.setdefault('levels', grad.new_zeros(3))
-                if self.is_reset(t):
-                    state['step'] = 1
             if self.is_reset(t):
                 torch._foreach_zero_(part.moments)
+            for state in states:
+                if 'levels' not in state:
+                    state.update(levels=grad.new_zeros(3), seen=0)
+                state['seen'] += 1
+                state['step'] = 1 if self.is_reset(t) else state['step']
             levels = [state['levels'] for state in states]
             cuts.append(stabilise(part.views(grad), levels, states[0]['seen'], group['eps']))
             optimizer.update(group, part, grad, optimizer.numbers(group, part, group['lr']))
@@ -458,23 +453,21 @@ class Stable(Paper):
 SPAM_MODES = {'paper': Paper, 'reference': Reference, 'stable': Stable}
 
 
-def is_norm_spike(history, norm):
-    """Whether `norm` (0-dim) is more than 2 standard deviations above the mean of the last 100
-    before it, 0-dim bool; not with fewer than 10, nor by rounding where clipping made all equal.
+def is_norm_spike(norm, norms, seen):
+    """Whether `norm` (0-dim) is more than 2 standard deviations above the mean of those before it,
+    0-dim bool; not with fewer than 10, nor by rounding where clipping made all equal.
 
-    Then remembers it in history['norms'] (100,) and ['count'], unless it is not finite.
+    norms: the last 100, seen: how many there were; unless it is not finite, `norm` joins them.
     """
-    norms = history['norms']
-    count = history['count']
     position = torch.arange(len(norms), device=norms.device)
-    there = position < count
-    n = count.clamp(min=1, max=len(norms))
+    there = position < seen
+    n = seen.clamp(min=1, max=len(norms))
     mean = torch.where(there, norms, 0).sum() / n
     deviation = (torch.where(there, norms - mean, 0).square().sum() / n).sqrt()
-    fires = (count >= 10) & (norm - mean > torch.maximum(2 * deviation, 1e-5 * mean))
-    here = norm.isfinite() & (position == count % len(norms))
+    fires = (seen >= 10) & (norm - mean > torch.maximum(2 * deviation, 1e-5 * mean))
+    here = norm.isfinite() & (position == seen % len(norms))
     norms.copy_(torch.where(here, norm, norms))
-    count.add_(norm.isfinite())
+    seen.add_(norm.isfinite())
     return fires & norm.isfinite()
 
 
@@ -523,7 +516,11 @@ class AdamWSPAM(AdamW):
         self.mode = None
         self.updates = 0
         device = self.param_groups[0]['params'][0].device
-        self.counts = torch.zeros(3, dtype=torch.int64, device=device)  # as in counters
+        self.memory = {  # what is remembered of all parameters together
+            'counts': torch.zeros(3, dtype=torch.int64, device=device),  # as in counters
+            'norms': torch.zeros(100, dtype=torch.float64, device=device),  # see is_norm_spike
+            'norms_seen': torch.zeros((), dtype=torch.int64, device=device),
+        }
         if spam_mode is None:
             return
         prune.known(f'{type(self).__name__}: spam_mode', spam_mode, SPAM_MODES)
@@ -532,7 +529,7 @@ class AdamWSPAM(AdamW):
             self.require(value >= 0, f'spam_{name}={value} must not be negative')
         self.require(spam_theta is None or spam_theta > 0,
                      f'spam_theta={spam_theta} must be above 0; math.inf cuts nothing')
-        self.mode = SPAM_MODES[spam_mode](theta=spam_theta, device=device, **whole)
+        self.mode = SPAM_MODES[spam_mode](theta=spam_theta, **whole)
         self.moment_names = self.mode.moment_names
 
     def update_all(self, todo):
@@ -542,9 +539,9 @@ class AdamWSPAM(AdamW):
             return
         cuts, fired = self.mode.update_all(self, todo, self.updates)
         cut = torch.stack(cuts).sum() if cuts else 0
-        self.counts[0].add_((cut > 0) | fired)
-        self.counts[1].add_(cut)
-        self.counts[2].add_(self.mode.is_reset(self.updates))
+        self.memory['counts'][0].add_((cut > 0) | fired)
+        self.memory['counts'][1].add_(cut)
+        self.memory['counts'][2].add_(self.mode.is_reset(self.updates))
 
     def recovering(self):
         """Whether the last update lay in the warm-up after a reset, when moments say little."""
@@ -553,20 +550,16 @@ class AdamWSPAM(AdamW):
     def counters(self):
         """{'spikes': updates that cut something or met a spike of the norm, 'clipped': gradient
         elements, 'resets'}; waits for the device once."""
-        return dict(zip(('spikes', 'clipped', 'resets'), self.counts.tolist()))
+        return dict(zip(('spikes', 'clipped', 'resets'), self.memory['counts'].tolist()))
 
     def state_dict(self):
-        history = self.mode.history if self.mode else {}
-        return {**super().state_dict(),
-                'spam': dict(updates=self.updates, counts=self.counts, **history)}
+        return {**super().state_dict(), 'spam': dict(updates=self.updates, **self.memory)}
 
     def load_state_dict(self, state_dict):
         super().load_state_dict(state_dict)
-        saved = state_dict['spam']
-        self.updates = saved['updates']
-        self.counts.copy_(saved['counts'])
-        for key, tensor in (self.mode.history if self.mode else {}).items():
-            tensor.copy_(saved[key])
+        self.updates = state_dict['spam']['updates']
+        for key, tensor in self.memory.items():
+            tensor.copy_(state_dict['spam'][key])
 
 
 # --- AdamW that prunes ----------------------------------------------------------------------------
@@ -579,8 +572,8 @@ class AdamWPrune(AdamWSPAM):
     of groups with pruned parameters is multiplied by the pruner's rate_factor.
     """
 
-    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, *, start,
-                 end, base='adamw', score='bitter7', target_sparsity=0.5, flats=(), compiled=False,
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, *,
+                 base='adamw', score='bitter7', target_sparsity=0.5, flats=(), compiled=False,
                  **others):
         prune.known('AdamWPrune: base', base, ('adamw', 'adamwspam'))
         spam = {key: value for key, value in others.items() if key.startswith('spam_')}
@@ -595,8 +588,8 @@ class AdamWPrune(AdamWSPAM):
             told = f'spam_interval={self.mode.interval} spam_warmup={self.mode.warmup}'
             self.require(self.mode.warmup < self.mode.interval - 1, f'{told}: no masks are chosen '
                          'in the warm-up, and it would never be over; lengthen the interval')
-        self.pruner = prune.Pruner(self, score=score, target_sparsity=target_sparsity, start=start,
-                                   end=end, hold=self.recovering, **pruning)
+        self.pruner = prune.Pruner(self, score=score, target_sparsity=target_sparsity,
+                                   hold=self.recovering, **pruning)
 
     def update_all(self, todo):
         raised = []
@@ -612,10 +605,7 @@ class AdamWPrune(AdamWSPAM):
             self.state[p]['mask'] = mask
 
     def state_dict(self):
-        saved = super().state_dict()
-        for number, state in saved['state'].items():
-            saved['state'][number] = {key: state[key] for key in state if key != 'mask'}
-        return {**saved, 'pruner': self.pruner.state_dict()}
+        return {**super().state_dict(), 'pruner': self.pruner.state_dict()}
 
     def load_state_dict(self, state_dict):
         super().load_state_dict(state_dict)
@@ -631,17 +621,16 @@ class AdamWPrune(AdamWSPAM):
 # --- by name --------------------------------------------------------------------------------------
 
 
-def build_adamw(groups, settings, flats, compiled):
-    s = settings
-    return AdamW(groups, s.learning_rate, (s.beta1, s.beta2), weight_decay=s.weight_decay,
-                 flats=flats, compiled=compiled)
+def build_adamw(groups, settings, flats, compiled, kind=AdamW, **more):
+    betas = (settings.beta1, settings.beta2)
+    return kind(groups, settings.learning_rate, betas, settings.eps, settings.weight_decay,
+                flats=flats, compiled=compiled, **more)
 
 
 def build_adamwspam(groups, settings, flats, compiled):
-    s = settings
-    return AdamWSPAM(groups, s.learning_rate, (s.beta1, s.beta2), weight_decay=s.weight_decay,
-                     spam_mode=s.spam_mode, spam_interval=s.spam_interval,
-                     spam_warmup=s.spam_warmup, flats=flats, compiled=compiled)
+    return build_adamw(groups, settings, flats, compiled, AdamWSPAM, spam_mode=settings.spam_mode,
+                       spam_interval=settings.spam_interval, spam_warmup=settings.spam_warmup,
+                       spam_theta=settings.spam_theta, spam_grace=settings.spam_grace)
 
 
 OPTIMIZERS = {  # name -> function (groups, settings, flats, compiled); one entry adds an optimizer

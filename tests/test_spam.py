@@ -198,13 +198,13 @@ def test_each_mode_equals_its_oracle_over_1300_steps_with_spikes(case):
 
 
 def test_schedule_of_the_paper():
-    mode = optim.Paper(500, 150, None, 20, 'cpu')
+    mode = optim.Paper(500, 150, None, 20)
     assert all(mode.factor(t) == 1 and not mode.is_reset(t) for t in range(1, 500))
     assert mode.is_reset(500) and mode.factor(500) == pytest.approx(0.01)
     assert mode.factor(575) == pytest.approx(0.5, abs=0.01)
     assert mode.factor(650) < 1 == mode.factor(651)
     assert mode.recovering(650) and not mode.recovering(651) and not mode.recovering(100)
-    never = optim.Paper(0, 150, None, 20, 'cpu')
+    never = optim.Paper(0, 150, None, 20)
     assert all(never.factor(t) == 1 and not never.is_reset(t) for t in (0, 1, 150, 5000))
 
 
@@ -305,7 +305,7 @@ def test_statistics_absorb_nothing_that_is_not_finite(mode, bad):
 
     def statistics():
         kept = [optimizer.state[p]['levels'] for p in ours if 'levels' in optimizer.state[p]]
-        return [each.clone() for each in [*kept[:1], *optimizer.mode.history.values()]]
+        return [each.clone() for each in [*kept[:1], optimizer.memory['norms']]]
 
     before = statistics()
     for p in ours:
@@ -427,6 +427,6 @@ def test_compiled_modes_equal_their_plain_twins_without_waiting(mode):
                 optimizer.step()
             finally:
                 torch.cuda.set_sync_debug_mode('default')
-        results.append([*(flat.masters for flat in flats), optimizer.counts])
+        results.append([*(flat.masters for flat in flats), optimizer.memory['counts']])
     for a, b in zip(*results):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
