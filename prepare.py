@@ -8,20 +8,17 @@ tokenizers are in support/shards.py.
 """
 import contextlib
 import dataclasses
+import fcntl
 import hashlib
-import multiprocessing
-import multiprocessing.connection
+import itertools
 import os
 import pathlib
 import re
 import shutil
-import signal
 import sys
-import threading
 import time
 from collections import deque
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -30,13 +27,13 @@ from tqdm import tqdm
 
 from support import shards
 from support.files import read_json, write_json
-from support.settings import Refused, changed, did_you_mean, help_text, parse, run_command
+from support.settings import Refused, changed, help_text, parse, run_command
 from support.sources import SOURCES
 
-CHUNK_CHARACTERS = 1 << 20  # that a worker gets at a time: much beside the cost of handing over
+CHUNK_CHARACTERS = 1 << 20  # that a thread gets at a time: much beside the cost of handing over
 JOURNAL_SECONDS = 60  # at most this much work is lost to a kill, unless one document takes longer
 WINDOW_TOKENS = 1025  # what one row of GPT-2's context reads, targets included
-BYTES_PER_TOKEN = {'gpt2': 4.0, 'bytes': 1.0}  # English has 4.6; low, so that the disk suffices
+BYTES_PER_TOKEN = {'gpt2': 4.5, 'bytes': 1.0}  # about, of English
 
 
 @dataclass
@@ -52,18 +49,16 @@ class PrepareSettings:
     # --- where and how ----------------------------------------------------------------------------
     data_dir: str = ''  # folder of the shards; empty: data/<name>
     shard_tokens: int = 100_000_000  # tokens a shard, 2 bytes each (llm.c's size)
-    processes: int = 0  # that tokenise; 0: one a core for gpt2, 1 for bytes, which need no more
 
 
 def check(name, settings):
     """Problems of the settings, and of settings that the source called `name` does not use."""
     problems = []
-    for key, least in (('max_tokens', 0), ('processes', 0), ('shard_tokens', 1)):
-        if getattr(settings, key) < least:
-            problems.append(f'{key}={getattr(settings, key)}: must be at least {least}')
-    if settings.shard_tokens >= 2**31:
-        problems.append(f'shard_tokens={settings.shard_tokens}: must be below 2^31, because the '
-                        'header counts in int32')
+    if settings.max_tokens < 0:
+        problems.append(f'max_tokens={settings.max_tokens}: must be at least 0')
+    if not 0 < settings.shard_tokens < 2**31:
+        problems.append(f'shard_tokens={settings.shard_tokens}: must be at least 1 and below 2^31, '
+                        'because the header counts in int32')
     if not 0 < settings.val_fraction < 1:
         problems.append(f'val_fraction={settings.val_fraction}: must be above 0 and below 1')
     if not re.fullmatch(r'(\w[\w.-]*)?', settings.name):
@@ -80,7 +75,7 @@ def check(name, settings):
     return problems
 
 
-# --- tokenising, in several processes -------------------------------------------------------------
+# --- tokenising, in several threads ---------------------------------------------------------------
 
 
 class Encoded(NamedTuple):
@@ -88,47 +83,22 @@ class Encoded(NamedTuple):
     tokens: np.ndarray  # (N,) uint16
     lengths: np.ndarray  # (D,) tokens of each document
     in_val: np.ndarray  # (D,) bool
-    text_bytes: int
+    state: Any  # of the source after them
 
 
-def encode_chunk(documents, tokenizer):
+def encode_chunk(documents, state, tokenizer):
     """Encoded of a list of documents; a document is (text, chance of being validation)."""
     pieces = []
     lengths = []
     in_val = []
-    text_bytes = 0
     for text, chance in documents:
-        try:
-            raw = text.encode()
-        except UnicodeEncodeError:  # half a surrogate pair, which JSON can hold and UTF-8 cannot
-            text = text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
-            raw = text.encode()
-        tokens = tokenizer.encode_array(text)
+        raw = text.encode(errors='replace')  # half a surrogate pair, which JSON can hold, is a ?
+        tokens = tokenizer.encode_array(raw.decode())
         number = int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), 'big')
         pieces += [tokens, np.array([tokenizer.eot], np.uint16)]
         lengths.append(len(tokens) + 1)
         in_val.append(number < chance * 2**64)
-        text_bytes += len(raw)
-    return Encoded(np.concatenate(pieces), np.array(lengths), np.array(in_val), text_bytes)
-
-
-worker_tokenizer = None  # in a worker; too large to send with every chunk
-
-
-def start_worker(tokenizer):
-    """Set up a worker, which must end with its parent: a killed parent cannot tell it to."""
-    global worker_tokenizer
-    worker_tokenizer = tokenizer
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted too, and decides
-
-    def follow_parent():
-        multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
-        os._exit(1)
-    threading.Thread(target=follow_parent, daemon=True).start()
-
-
-def encode_in_worker(documents):
-    return encode_chunk(documents, worker_tokenizer)
+    return Encoded(np.concatenate(pieces), np.array(lengths), np.array(in_val), state)
 
 
 def chunks_of(documents, state):
@@ -146,91 +116,69 @@ def chunks_of(documents, state):
         yield chunk, state()
 
 
-def encoded(chunks, tokenizer, processes):
-    """(Encoded, state) of each chunk, in order, with at most 2 chunks a process in memory."""
-    if processes == 1:
-        for documents, state in chunks:
-            yield encode_chunk(documents, tokenizer), state
-        return
-    # spawn: libraries that read the text have threads, with which fork is not safe
-    context = multiprocessing.get_context('spawn')
-    pool = ProcessPoolExecutor(processes, context, start_worker, (tokenizer,))
+def encoded(chunks, tokenizer):
+    """Encoded of each chunk, in order, with at most 2 chunks a core in memory.
+
+    Threads are enough, because tiktoken tokenises without holding Python's lock.
+    """
+    threads = os.cpu_count() or 1
     waiting = deque()
-    try:
+    with ThreadPoolExecutor(threads) as pool:
         for documents, state in chunks:
-            waiting.append((pool.submit(encode_in_worker, documents), state))
-            if len(waiting) >= 2 * processes:
-                future, state = waiting.popleft()
-                yield future.result(), state
-        for future, state in waiting:
-            yield future.result(), state
-    except BrokenProcessPool:
-        raise Refused(f'processes={processes}: a tokenising process was killed, most likely for '
-                      'want of memory; run the same command again with fewer --processes: it '
-                      'continues') from None
-    finally:
-        pool.shutdown(cancel_futures=True)
+            waiting.append(pool.submit(encode_chunk, documents, state, tokenizer))
+            if len(waiting) == 2 * threads:
+                yield waiting.popleft().result()
+        for future in waiting:
+            yield future.result()
 
 
 # --- writing shards -------------------------------------------------------------------------------
 
 
 class SplitWriter:
-    """Appends to split_000000.bin, split_000001.bin, ... in a folder.
+    """Writes split_000000.bin, split_000001.bin, ... in a folder.
 
-    tokens: how many they hold by the journal. What a killed run wrote after them is cut off.
+    tokens: how many they hold by the journal. What a killed run wrote after them is overwritten.
     """
 
     def __init__(self, folder, split, shard_tokens, tokens):
-        self.folder = folder
+        self.folder = pathlib.Path(folder)
         self.split = split
         self.shard_tokens = shard_tokens
         self.tokens = tokens
-        for name in os.listdir(folder):
-            found = re.fullmatch(split + r'_(\d{6,})\.bin', name)
-            if found and int(found[1]) > tokens // shard_tokens:
-                os.remove(os.path.join(folder, name))
-        self.open()
+        self.unsynced = set()  # paths
+        for path in self.folder.glob(f'{split}_{"[0-9]" * 6}.bin'):
+            if int(path.stem[-6:]) * shard_tokens >= tokens:
+                path.unlink()
+        path, filled = self.end()
+        if filled and path.stat().st_size < shards.HEADER_BYTES + 2 * filled:
+            raise Refused(f'{path}: shorter than journal.json says; delete the folder {folder} and '
+                          'start again')
 
-    def open(self):
-        """Open the shard of the next token and cut it off there."""
-        index = self.tokens // self.shard_tokens
-        self.path = pathlib.Path(self.folder, f'{self.split}_{index:06d}.bin')
-        self.path.touch()
-        filled = self.tokens % self.shard_tokens
-        end = shards.HEADER_BYTES + 2 * filled
-        if filled and self.path.stat().st_size < end:
-            raise Refused(f'{self.path}: shorter than journal.json says; delete the folder '
-                          f'{self.folder} and start again')
-        self.file = open(self.path, 'r+b')
-        self.file.truncate(end)
-        self.file.seek(end)
+    def end(self):
+        """(path of the shard that the next token goes to, tokens it holds)."""
+        index, filled = divmod(self.tokens, self.shard_tokens)
+        return self.folder / f'{self.split}_{index:06d}.bin', filled
 
     def append(self, tokens):
         while len(tokens):
-            piece = tokens[:self.shard_tokens - self.tokens % self.shard_tokens]
-            self.file.write(piece.astype('<u2').tobytes())
+            path, filled = self.end()
+            piece = tokens[:self.shard_tokens - filled]
+            with open(path, 'r+b' if filled else 'wb') as f:
+                f.write(shards.header(filled + len(piece)))
+                f.seek(2 * filled, os.SEEK_CUR)
+                f.write(piece.astype('<u2').tobytes())
+                f.truncate()
+            self.unsynced.add(path)
             self.tokens += len(piece)
             tokens = tokens[len(piece):]
-            if self.tokens % self.shard_tokens == 0:
-                self.sync()
-                self.file.close()
-                self.open()
 
     def sync(self):
-        """Bring what is written to the disk, as a whole shard."""
-        end = self.file.tell()
-        self.file.seek(0)
-        self.file.write(shards.header((end - shards.HEADER_BYTES) // 2))
-        self.file.seek(end)
-        self.file.flush()
-        os.fsync(self.file.fileno())
-
-    def finish(self):
-        self.sync()
-        self.file.close()
-        if self.tokens % self.shard_tokens == 0:
-            self.path.unlink()
+        """Wait until all tokens are on the disk."""
+        for path in self.unsynced:
+            with open(path, 'rb') as f:
+                os.fsync(f.fileno())
+        self.unsynced.clear()
 
 
 # --- what a folder holds, and what is missing -----------------------------------------------------
@@ -242,7 +190,6 @@ class Journal:
     arguments: dict  # what the shards depend on
     cut: int | None = None  # tokens from this position on are validation, whatever the hash says
     documents: int = 0
-    text_bytes: int = 0
     train_tokens: int = 0
     val_tokens: int = 0
     state: Any = None  # of the source
@@ -287,11 +234,6 @@ def find_journal(folder, arguments):
 @contextlib.contextmanager
 def locked(folder):
     """Keep a second process from writing to the folder. The lock ends with the process."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
     lock = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -307,40 +249,25 @@ def locked(folder):
 
 
 def announce(name, settings, journal):
-    """Say what it will take; returns bytes of text. Refused if the disk is too small."""
+    """Say what it will take; returns the tokens to expect. Refused if the disk is too small."""
     folder = settings.data_dir
-    text_bytes = SOURCES[name].text_bytes(settings)
-    tokens = text_bytes / BYTES_PER_TOKEN[settings.tokenizer]
-    if settings.max_tokens and settings.max_tokens < tokens:
-        text_bytes *= settings.max_tokens / tokens
-        tokens = settings.max_tokens
-    print(f'{name} -> {folder}: about {text_bytes / 1e6:,.0f} MB of text, {tokens / 1e6:,.1f}M '
-          f'tokens, {2 * tokens / 1e6:,.0f} MB of disk; processes: {settings.processes}',
-          flush=True)
+    tokens = int(SOURCES[name].text_bytes(settings) / BYTES_PER_TOKEN[settings.tokenizer])
+    tokens = min(tokens, settings.max_tokens or tokens)
+    print(f'{name} -> {folder}: about {tokens / 1e6:,.1f}M tokens, {2 * tokens / 1e6:,.0f} MB of '
+          'disk', flush=True)
+    free = shutil.disk_usage(folder).free
     if journal.documents:
         print(f'continuing after {journal.documents:,} documents', flush=True)
-    there = sum(f.stat().st_size for f in pathlib.Path(folder).glob('*.bin'))
-    needed = int(2 * tokens) - there
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise Refused(f'{folder}: about {needed:,} bytes needed, {free:,} free; free some, give a '
-                      '--data_dir on a larger disk, or set --max_tokens')
-    return text_bytes
+    elif 2 * tokens > free:
+        raise Refused(f'{folder}: about {2 * tokens:,} bytes needed, {free:,} free; free some, '
+                      'give a --data_dir on a larger disk, or set --max_tokens')
+    return tokens
 
 
-def progress_bar(journal, text_bytes):
-    """tqdm over bytes of text: twice a second on a terminal, else a line every 30 seconds."""
-    terminal = sys.stderr.isatty()
-    seconds = 0.5 if terminal else 30
-    form = '{l_bar}{bar}{r_bar}' if terminal else '{l_bar}{bar:10}{r_bar}\n'
-    return tqdm(total=text_bytes, initial=journal.text_bytes, unit='B', unit_scale=True,
-                bar_format=form, delay=seconds, mininterval=seconds, maxinterval=seconds)
-
-
-def write_tokens(name, settings, journal, text_bytes):
+def write_tokens(name, settings, journal, expected):
     """Tokenise what the journal says is missing, write all shards, keep the journal up to date.
 
-    text_bytes: the estimate that progress is measured by.
+    expected: how many tokens there will be, about, for the progress bar.
     """
     folder = settings.data_dir
     tokenizer = shards.get_tokenizer(settings.tokenizer)
@@ -348,12 +275,16 @@ def write_tokens(name, settings, journal, text_bytes):
     train = SplitWriter(folder, 'train', settings.shard_tokens, journal.train_tokens)
     val = SplitWriter(folder, 'val', settings.shard_tokens, journal.val_tokens)
     limit = settings.max_tokens or sys.maxsize
-    documents, state = SOURCES[name].open(settings, journal.documents, journal.state)
-    chunks = chunks_of(documents, state) if journal.tokens < limit else ()
+    documents, state = SOURCES[name].open(settings, journal.state)
+    if journal.state is None:
+        documents = itertools.islice(documents, journal.documents, None)
     saved = time.monotonic()
-    with (contextlib.closing(encoded(chunks, tokenizer, settings.processes)) as results,
-          progress_bar(journal, text_bytes) as bar):
-        for chunk, state_after in results:
+    seconds = 0.5 if sys.stderr.isatty() else 30
+    with tqdm(total=expected, initial=journal.tokens, unit=' tokens', unit_scale=True,
+              delay=seconds, mininterval=seconds, maxinterval=seconds) as bar:
+        for chunk in encoded(chunks_of(documents, state), tokenizer):
+            if journal.tokens >= limit:
+                break
             ends = journal.tokens + np.cumsum(chunk.lengths)
             enough = np.searchsorted(ends, limit) + 1  # documents to reach it, if not more
             lengths = chunk.lengths[:enough]
@@ -364,21 +295,17 @@ def write_tokens(name, settings, journal, text_bytes):
             val.append(tokens[in_val])
             train.append(tokens[~in_val])
             journal.documents += len(lengths)
-            journal.text_bytes += chunk.text_bytes
             journal.train_tokens = train.tokens
             journal.val_tokens = val.tokens
-            journal.state = state_after
+            journal.state = chunk.state
             if time.monotonic() - saved > JOURNAL_SECONDS:
                 train.sync()
                 val.sync()
                 journal.write(folder)
                 saved = time.monotonic()
-            bar.set_postfix_str(f'{journal.tokens / 1e6:,.1f}M tokens', refresh=False)
-            bar.update(chunk.text_bytes)
-            if journal.tokens >= limit:
-                break
-    train.finish()
-    val.finish()
+            bar.update(len(tokens))
+    train.sync()
+    val.sync()
 
 
 def cut_by_position(settings, journal):
@@ -386,27 +313,20 @@ def cut_by_position(settings, journal):
 
     At least one window does if there is text enough. Refused if there is too little.
     """
-    afresh = Journal(journal.arguments)
     if settings.val_input or journal.tokens < 4:
-        afresh.write(settings.data_dir)  # so that a command with other arguments may follow
         raise Refused(f'{settings.name}: {journal.train_tokens} training and {journal.val_tokens} '
                       'validation tokens, too few to learn from; give more text or a larger '
                       '--max_tokens')
     of_val = max(int(settings.val_fraction * journal.tokens),
                  min(WINDOW_TOKENS, journal.tokens // 2))
-    afresh.cut = journal.tokens - of_val
     print(f'val_fraction={settings.val_fraction}, by hash, leaves a split empty (documents: '
           f'{journal.documents}): the last {of_val:,} tokens become validation', flush=True)
-    return afresh
+    return Journal(journal.arguments, cut=journal.tokens - of_val)
 
 
 def write_meta(settings, journal):
     """Describe the finished shards in meta.json, whose presence says that they are finished."""
     train, val = shards.open_splits(settings.data_dir, settings.tokenizer)
-    files = []
-    for stream in (train, val):
-        for path, tokens in zip(stream.files, np.diff(stream.firsts).tolist()):
-            files.append({'file': os.path.basename(path), 'tokens': tokens})
     write_json(os.path.join(settings.data_dir, 'meta.json'), {
         'name': settings.name,
         'tokenizer': settings.tokenizer,
@@ -416,7 +336,6 @@ def write_meta(settings, journal):
         'documents': journal.documents,
         'fingerprint': shards.fingerprint_of(train, val),
         'arguments': journal.arguments,
-        'shards': files,
     })
 
 
@@ -431,21 +350,20 @@ def prepare(name, settings):
     with locked(folder):
         journal = find_journal(folder, arguments)
         if journal:
-            text_bytes = announce(name, settings, journal)
-            write_tokens(name, settings, journal, text_bytes)
+            expected = announce(name, settings, journal)
+            write_tokens(name, settings, journal, expected)
             if min(journal.train_tokens, journal.val_tokens) < 2:  # an input and a target
                 journal = cut_by_position(settings, journal)
-                write_tokens(name, settings, journal, text_bytes)
+                write_tokens(name, settings, journal, expected)
             write_meta(settings, journal)
-        for leftover in pathlib.Path(folder).glob('journal.json*'):
-            leftover.unlink()
+        pathlib.Path(folder, 'journal.json').unlink(missing_ok=True)
     return bool(journal)
 
 
 def usage():
     lines = ['python prepare.py SOURCE [--key=value ...], where SOURCE is one of:', '']
     for name, source in SOURCES.items():
-        lines.append(f"  {' '.join([name, *source.needs])}: {source.about}")
+        lines.append(f'  {name}: {source.about}')
         if source.starts_from:
             lines.append(f"    starts from {' '.join(source.starts_from)}")
         if source.uses:
@@ -460,17 +378,13 @@ def main(argv):
         print(help_text(PrepareSettings, usage()))
         return 0
     if name not in SOURCES:
-        hint = did_you_mean(name, SOURCES) or '; say one of ' + ', '.join(SOURCES)
-        raise Refused(f"unknown source '{name}'{hint}")
+        raise Refused(f"unknown source '{name}'; say one of {', '.join(SOURCES)}")
     told = [*SOURCES[name].starts_from, *argv[1:]]
     settings, problems, _ = parse(PrepareSettings, told, config_files=False)
     if problems := problems + check(name, settings):
         raise Refused(problems)
     settings.name = settings.name or name
     settings.data_dir = settings.data_dir or os.path.join('data', settings.name)
-    if settings.processes == 0:
-        cores = os.cpu_count() or 1
-        settings.processes = cores if settings.tokenizer == 'gpt2' else 1
     try:
         missing = prepare(name, settings)
     except KeyboardInterrupt:

@@ -85,5 +85,7 @@ def read_json(path):
             return json.load(f)
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise Refused(f'{path} cannot be read ({error.strerror}); correct that') from None
     except ValueError as error:
         raise Refused(f'{path} is damaged ({error}); restore or remove it') from None

@@ -5,7 +5,6 @@ tokens. Every document ends with <|endoftext|>. nanoGPT's headerless train.bin a
 too.
 """
 import hashlib
-import mmap
 import os
 import re
 from dataclasses import dataclass
@@ -15,16 +14,12 @@ import numpy as np
 
 from support.files import read_json
 from support.settings import Refused
-from support.sources import SOURCES
 
 MAGIC = 20240520  # llm.c, dev/data/data_common.py
 VERSION = 1
 HEADER_BYTES = 1024
 VOCABULARY = {'gpt2': 50257, 'bytes': 257}  # tokens; the last one of each is <|endoftext|>
 EOT_TEXT = '<|endoftext|>'
-FAULT_BYTES = 65536  # what Linux maps around one page fault; with large folios up to 5 times that
-RESIDENT_BYTES = 8 << 20  # mapped pages that a stream keeps; they count as this process's memory
-MAX_MAPS = 64  # shards mapped at the same time; each costs a file descriptor
 
 
 # --- shards ---------------------------------------------------------------------------------------
@@ -63,7 +58,7 @@ def shard_layout(path):
 
 
 class TokenStream:
-    """The shards of one split as one sequence of tokens, memory-mapped when they are needed.
+    """The shards of one split as one sequence of tokens.
 
     files: paths in order; vocab_size: the first token that is too large.
     """
@@ -77,28 +72,24 @@ class TokenStream:
         # (shards + 1,): position of each shard's first token, then the end
         self.firsts = np.cumsum([0] + [tokens for _, tokens in layouts])
         self.tokens = int(self.firsts[-1])
-        self.maps = {}
-        self.resident = 0  # bytes that reading has mapped, at most
 
     def windows(self, block_size):
         """Non-overlapping windows of block_size inputs; the last target needs one token more."""
         return (self.tokens - 1) // block_size
 
-    def shard_at(self, positions):
-        """Index of the shard that holds each position."""
-        return np.searchsorted(self.firsts, positions, side='right') - 1
+    def read_shard(self, index, begin, count):
+        """uint16 (count,): tokens of one shard. Refused at one that the vocabulary does not have.
 
-    def shard(self, index):
-        """Tokens of one shard, uint16, mapped."""
-        # Only unmapping makes the kernel take the pages off our account; mapping again costs 30
-        # microseconds. Another thread in the middle of a read keeps its own reference.
-        if self.resident > RESIDENT_BYTES or len(self.maps) >= MAX_MAPS:
-            self.maps = {}
-            self.resident = 0
-        if index not in self.maps:
-            with open(self.files[index], 'rb') as f:
-                self.maps[index] = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
-        return np.frombuffer(self.maps[index], '<u2', offset=self.offsets[index])
+        A map of the file would be no faster, and its pages would count as this process's memory.
+        """
+        path = self.files[index]
+        tokens = np.fromfile(path, '<u2', count, offset=self.offsets[index] + 2 * begin)
+        wrong = np.flatnonzero(tokens >= self.vocab_size)
+        if len(wrong):
+            raise Refused(f'{path}: token {tokens[wrong[0]]} at position {begin + wrong[0]} is '
+                          f'outside the vocabulary of {self.vocab_size}; the file is damaged or '
+                          'was made with another tokenizer')
+        return tokens
 
     def read(self, starts, length):
         """int64 (len(starts), length): the tokens from each start, across shards where need be.
@@ -109,26 +100,18 @@ class TokenStream:
         if starts.size and (starts.min() < 0 or starts.max() + length > self.tokens):
             raise ValueError(f'{self.split}: tokens {starts.min()} to {starts.max() + length - 1} '
                              f'asked for, {self.tokens} there')
-        out = np.empty((len(starts), length), np.uint16)
-        for row, start, index in zip(out, starts.tolist(), self.shard_at(starts).tolist()):
+        out = np.empty((len(starts), length), np.int64)
+        shards = np.searchsorted(self.firsts, starts, side='right') - 1  # that hold the starts
+        for row, start, index in zip(out, starts, shards):
             done = 0
             while done < length:
-                begin = start + done - int(self.firsts[index])
-                piece = self.shard(index)[begin:begin + length - done]
-                row[done:done + len(piece)] = piece
-                self.resident += FAULT_BYTES + piece.nbytes
-                done += len(piece)
+                position = start + done
+                count = min(length - done, self.firsts[index + 1] - position)
+                piece = self.read_shard(index, position - self.firsts[index], count)
+                row[done:done + count] = piece
+                done += count
                 index += 1
-        if out.size and out.max() >= self.vocab_size:
-            row, column = np.argwhere(out >= self.vocab_size)[0]
-            self.refuse_token(out[row, column], starts[row] + column)
-        return out.astype(np.int64)
-
-    def refuse_token(self, token, position):
-        index = self.shard_at(position)
-        raise Refused(f'{self.files[index]}: token {token} at position '
-                      f'{position - self.firsts[index]} is outside the vocabulary of '
-                      f'{self.vocab_size}; the file is damaged or was made with another tokenizer')
+        return out
 
 
 # --- data sets ------------------------------------------------------------------------------------
@@ -165,14 +148,9 @@ def fingerprint_of(train, val):
 
 
 def split_of(filename):
-    """'train', 'val' or ''. Letters before do not count: medieval_train.bin is training data."""
-    if not filename.endswith('.bin'):
-        return ''
-    found = set(re.findall(r'(?<![a-z])(train|val)', filename.lower()))
-    if len(found) > 1:
-        raise Refused(f"{filename}: has both 'train' and 'val' in its name; rename it to say which "
-                      'split it is')
-    return found.pop() if found else ''
+    """'train', 'val' or '': what stands last in the name, not after a letter (medieval.bin)."""
+    found = re.findall(r'(?<![a-z])(train|val)', filename.lower())
+    return found[-1] if found and filename.endswith('.bin') else ''
 
 
 def open_splits(folder, tokenizer):
@@ -185,81 +163,52 @@ def open_splits(folder, tokenizer):
     return streams
 
 
-META_KEYS = {'name', 'tokenizer', 'vocab_size', 'train_tokens', 'val_tokens', 'documents',
-             'fingerprint', 'shards'}
-
-
 def read_meta(folder):
     """meta.json as a dictionary, None where there is none, Refused where it is damaged."""
     path = os.path.join(folder, 'meta.json')
     meta = read_json(path)
     if meta is None:
         return None
-    again = 'restore it, or delete the folder and prepare the data again'
-    if not isinstance(meta, dict) or not meta.keys() >= META_KEYS:
-        raise Refused(f"{path} is damaged: it lacks one of {', '.join(sorted(META_KEYS))}; {again}")
-    if VOCABULARY.get(meta['tokenizer']) != meta['vocab_size']:
-        raise Refused(f"{path} is damaged: tokenizer {meta['tokenizer']!r} with "
-                      f"vocab_size={meta['vocab_size']}; {again}")
+    needed = {'name', 'tokenizer', 'documents', 'fingerprint'}
+    complete = isinstance(meta, dict) and needed <= meta.keys()
+    if not complete or meta['tokenizer'] not in VOCABULARY:
+        raise Refused(f"{path} is damaged: it must hold {', '.join(sorted(needed))}, the tokenizer "
+                      f"one of {', '.join(VOCABULARY)}; restore it, or delete the folder and "
+                      'prepare the data again')
     return meta
-
-
-def prepare_command(dataset, folder):
-    """The command that prepares a data set in a folder, as far as its name tells."""
-    source = dataset if dataset in SOURCES else 'text'
-    words = ['python prepare.py', source, *SOURCES[source].needs]
-    if dataset != source:
-        words.append(f'--name={dataset}')
-    if folder != os.path.join('data', dataset):
-        words.append(f'--data_dir={folder}')
-    return ' '.join(words)
-
-
-def check_meta(folder, meta, train, val, fingerprint):
-    """Refused where the folder holds anything else than meta.json says."""
-    listed = {os.path.join(folder, shard['file']) for shard in meta['shards']}
-    there = {*train.files, *val.files}
-    for path in sorted(listed - there):
-        raise Refused(f'{path} is missing, but meta.json lists it; copy or prepare it again')
-    for path in sorted(there - listed):
-        raise Refused(f'{path} is not in meta.json; move it away')
-    if fingerprint != meta['fingerprint']:
-        raise Refused(f'{folder}: the shards have changed since they were prepared: fingerprint '
-                      f"{fingerprint}, meta.json says {meta['fingerprint']}; copy the folder "
-                      'again, or delete it and prepare the data again')
 
 
 def open_data(data_dir, dataset):
     """The data set in a folder (empty: data/<dataset>) as Data.
 
-    Refused where the folder holds nothing, another data set than `dataset`, or anything but what
-    was prepared.
+    Refused where the folder holds nothing, another data set than `dataset`, or other tokens than
+    were prepared.
     """
-    default = os.path.join('data', dataset)
-    folder = data_dir or default
-    command = prepare_command(dataset, folder)
+    folder = data_dir or os.path.join('data', dataset)
+    fix = (f'prepare it with: python prepare.py SOURCE --name={dataset} --data_dir={folder} '
+           '(python prepare.py --help lists the sources)')
     if not os.path.isdir(folder):
-        raise Refused(f"dataset='{dataset}': folder {folder} does not exist; prepare it with: "
-                      f'{command}')
+        raise Refused(f"dataset='{dataset}': folder {folder} does not exist; {fix}")
     meta = read_meta(folder)
     if meta is None and os.path.exists(os.path.join(folder, 'journal.json')):
-        raise Refused(f'{folder}: preparation has not finished; run the same command again to '
-                      f'continue, e.g. {command}')
+        raise Refused(f'{folder}: preparation has not finished; run the same command again, which '
+                      'continues')
     tokenizer = meta['tokenizer'] if meta else 'gpt2'
     train, val = open_splits(folder, tokenizer)
     for stream in (train, val):
         if stream.tokens == 0:
             raise Refused(f"{folder} holds no {stream.split} tokens ('{stream.split}' in the name, "
-                          f'.bin at the end); prepare the data with: {command}')
+                          f'.bin at the end); {fix}')
     name = meta['name'] if meta else 'unlabelled'
     if name != dataset:
         told = '(meta.json)' if meta else 'shards (there is no meta.json)'
         raise Refused(f"dataset='{dataset}' but {folder} holds '{name}' {told}; write "
-                      f'--dataset={name} to train on it, or give the --data_dir of {dataset}, '
-                      f'prepared with: {prepare_command(dataset, default)}')
+                      f'--dataset={name} to train on it, or give the --data_dir of {dataset}')
     fingerprint = fingerprint_of(train, val)
-    if meta:
-        check_meta(folder, meta, train, val, fingerprint)
+    if meta and fingerprint != meta['fingerprint']:
+        raise Refused(f'{folder}: the shards have changed since they were prepared: fingerprint '
+                      f"{fingerprint}, meta.json says {meta['fingerprint']}; copy the folder "
+                      'again, or delete it and prepare the data again')
     return Data(name, tokenizer, VOCABULARY[tokenizer], fingerprint, train, val)
 
 
@@ -311,23 +260,19 @@ def gpt2_encoding():
     try:
         import tiktoken
         return tiktoken.get_encoding('gpt2')
-    except ImportError:
-        raise Refused("tokenizer='gpt2' needs tiktoken, which is not installed; run: pip install "
-                      'tiktoken') from None
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         cache = os.environ.get('TIKTOKEN_CACHE_DIR', '')
-        raise Refused("tokenizer='gpt2': the vocabulary cannot be fetched "
-                      f'({type(error).__name__}) and is not in TIKTOKEN_CACHE_DIR={cache!r}; fetch '
-                      'it where there is a network, with TIKTOKEN_CACHE_DIR=FOLDER python -c '
-                      '"import tiktoken; tiktoken.get_encoding(\'gpt2\')", '
-                      'copy FOLDER here and set TIKTOKEN_CACHE_DIR to it') from None
+        raise Refused(
+            f"tokenizer='gpt2': the vocabulary cannot be fetched ({type(error).__name__}) and is "
+            f'not in TIKTOKEN_CACHE_DIR={cache!r}; where there is a network, pip install tiktoken '
+            'and run TIKTOKEN_CACHE_DIR=FOLDER python -c "import tiktoken; '
+            'tiktoken.get_encoding(\'gpt2\')", copy FOLDER here and set TIKTOKEN_CACHE_DIR to '
+            'it') from None
 
 
 @dataclass
 class Tokenizer:
     """Text to tokens and back. `encoding` is tiktoken's for gpt2, None for bytes."""
-    name: str
-    vocab_size: int
     eot: int  # ends each document
     encoding: Any = None
 
@@ -364,4 +309,4 @@ def get_tokenizer(name):
     if name not in VOCABULARY:
         raise Refused(f'tokenizer={name!r} is not one of {", ".join(VOCABULARY)}')
     encoding = gpt2_encoding() if name == 'gpt2' else None
-    return Tokenizer(name, VOCABULARY[name], VOCABULARY[name] - 1, encoding)
+    return Tokenizer(VOCABULARY[name] - 1, encoding)

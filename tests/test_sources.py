@@ -7,15 +7,16 @@ from texts import command, documents, refused, run, whole, write_jsonl
 
 import prepare
 from support import sources
-from support.shards import get_tokenizer, open_data, prepare_command
-from support.sources import SOURCES, Source, read_again
+from support.shards import get_tokenizer, open_data
+from support.sources import SOURCES, Source, without_state
 
 
 def test_a_source_of_ones_own_is_one_entry(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(SOURCES, 'mine', Source(
         about='forty documents',
-        open=read_again(lambda settings: documents(40)),
+        open=without_state(
+            lambda settings: ((text, settings.val_fraction) for text in documents(40))),
         text_bytes=lambda settings: 50_000,
         origin=lambda settings: 'version 1',
         starts_from=('--tokenizer=bytes', '--val_fraction=0.3'),
@@ -27,7 +28,6 @@ def test_a_source_of_ones_own_is_one_entry(tmp_path, monkeypatch, capsys):
     assert data.train.tokens + data.val.tokens == size
     assert refused('mine', '--source=x') == "source='x': mine does not use it; leave it out"
     assert refused('zzz').endswith('say one of fineweb_edu, text, stdlib, mine')
-    assert prepare_command('mine', 'data/mine') == 'python prepare.py mine'
     assert prepare.main(['--help']) == 0
     assert 'mine: forty documents' in capsys.readouterr().out
 
@@ -47,6 +47,7 @@ def test_parquet_is_measured_without_reading(tmp_path):
     path = tmp_path / 'x.parquet'
     pyarrow.parquet.write_table(pyarrow.table({'id': range(300), 'text': texts}), path)
     size = sum(len(text.encode()) for text in texts)
+    assert path.stat().st_size < size / 2
     assert size < sources.files_bytes([path]) < 1.05 * size
 
 
@@ -60,22 +61,26 @@ def test_input_mistakes(tmp_path):
         assert said(told) == (
             f'input={str(told)!r}: {str(told)!r} is no file of .txt, .jsonl, .parquet and no '
             'folder with one; name such, e.g. --input=books/,more.jsonl')
+    fix = 'correct it, download it again, or leave it out'
     text = tmp_path / 'x.txt'
     text.write_bytes(b'abc\xff')
-    assert said(text) == f'{text}: not UTF-8 at byte 3; convert it, e.g. with iconv'
+    assert said(text).startswith(f'{text}: cannot be read (UnicodeDecodeError: ')
+    assert said(text).endswith(f'in position 3: invalid start byte); {fix}')
     jsonl = tmp_path / 'x.jsonl'
-    jsonl.write_text('{"text": "a"}\n\nnot json\n')
-    assert said(jsonl).startswith(f'{jsonl}: line 3: not JSON (')
-    jsonl.write_text('{"text": "a"}\n{"body": "b"}\n')
-    assert said(jsonl) == f"{jsonl}: line 2: no 'text' string in it; correct or remove it"
+    for wrong in ('not json', '{"body": "b"}', '["text"]'):
+        jsonl.write_text('{"text": "a"}\n\n' + wrong + '\n')
+        assert said(jsonl) == (f"{jsonl}: cannot be read (ValueError: line 3 is no JSON object "
+                               f"with a 'text'); {fix}")
+    jsonl.write_text('{"text": "a"}\n{"text": 5}\n')
+    assert "the 'text' of document 2 is 5, not a string" in said(jsonl)
     parquet = tmp_path / 'x.parquet'
     parquet.write_text('PAR1 not really')
-    assert said(parquet).startswith(f'{parquet}: cannot be read as Parquet (')
+    assert said(parquet).startswith(f'{parquet}: cannot be read (ArrowInvalid: ')
     pyarrow.parquet.write_table(pyarrow.table({'body': ['a'], 'id': [1]}), parquet)
-    assert said(parquet) == (f"{parquet}: has no 'text' column of strings, only body, id; rename "
-                             'the column that holds it')
+    assert said(parquet).startswith(f'{parquet}: cannot be read (KeyError: ')
+    assert '"text" does not exist' in said(parquet)
     pyarrow.parquet.write_table(pyarrow.table({'text': ['a', None]}), parquet)
-    assert said(parquet) == f"{parquet}: row 1: 'text' is null; remove the row"
+    assert "the 'text' of document 2 is None, not a string" in said(parquet)
 
 
 def test_hub_out_of_reach(tmp_path):
@@ -99,5 +104,8 @@ def test_stdlib_is_english_and_repeatable(tmp_path, monkeypatch):
     text = get_tokenizer('bytes').decode(whole(data.val).tolist())
     assert text.count(' the ') > 500
     assert '\ufffd' not in text
-    again = sum(len(document.encode()) + 1 for document in sources.stdlib_documents())
+    again = 0
+    for document, chance in sources.stdlib_documents(prepare.PrepareSettings(val_fraction=0.05)):
+        assert chance == 0.05
+        again += len(document.encode()) + 1
     assert again == data.train.tokens + data.val.tokens
