@@ -1,8 +1,8 @@
 """The optimizers, the learning rate, and how training lays parameters out in memory.
 
-Training keeps three kinds of numbers apart. Working weights are what the model reads (bfloat16 on a
-GPU). Masters, moments and accumulated gradients are float32. All of them lie in a few flat tensors,
-so that an update is one kernel each, and of the parameters the optimizer sees float32 views.
+Working weights are what the model reads (bfloat16 on a GPU); masters, moments and accumulated
+gradients are float32. All lie in a few flat tensors, so that an update is one kernel each, and the
+optimizer is given views of the masters.
 """
 import functools
 import math
@@ -22,8 +22,7 @@ LR_SCHEDULES = {  # share of the way down that is left at t, the share of the de
 
 
 def learning_rate_at(step, peak, minimum, warmup, decay, schedule='cosine'):
-    """Learning rate of update `step` (from 0): linear warm-up over `warmup` updates, then down to
-    `minimum` at update `decay`, and constant from there on."""
+    """Learning rate of update `step`, from 0: linear warm-up, then down to `minimum` at `decay`."""
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)
     if step >= decay:
@@ -119,12 +118,12 @@ def add_each(sums, terms):
     torch._foreach_add_(sums, terms)
 
 
-def accumulate(flats, add=add_each):
-    """Add the gradients of the last backward to `grads` and free them, by add_each, compiled or
-    not."""
+def accumulate(flats, fused=False):
+    """Add the gradients of the last backward to `grads` and free them. fused: by one kernel."""
     pairs = []
     for flat in flats:
         pairs += [(p, total) for p, total in flat.members if p.grad is not None]
+    add = compiled(add_each) if fused else add_each
     add([total for _, total in pairs], [p.grad for p, _ in pairs])
     for p, _ in pairs:
         p.grad = None
@@ -136,11 +135,17 @@ def gradient_norm(flats):
     return torch.linalg.vector_norm(torch.stack(norms))
 
 
-def scale_gradients(flats, clip, finite):
-    """Multiply the gradients by clip (0-dim), and make them 0 in a step that is not finite (0-dim
-    bool), because no NaN may reach weights or moments. Waits for nothing."""
-    for flat in flats:
-        flat.grads.mul_(clip).masked_fill_(~finite, 0)
+def scale_each(grads, clip, finite):
+    """Multiply each tensor by clip (0-dim), or make it 0 if finite (0-dim bool) is False."""
+    for grad in grads:
+        grad.mul_(clip).masked_fill_(~finite, 0)
+
+
+def scale_gradients(flats, clip, finite, fused=False):
+    """Clip the accumulated gradients, and make them 0 in a step that is not finite, because no NaN
+    may reach weights or moments. Nothing waits for the device. fused: by one kernel."""
+    scale = compiled(scale_each) if fused else scale_each
+    scale([flat.grads for flat in flats], clip, finite)
 
 
 @torch.no_grad()
@@ -156,8 +161,7 @@ def refresh_working(flats):
 
 def adamw_update(weight, grad, exp_avg, exp_avg_sq, step_size, root_correction, keep, eps, beta1,
                  beta2, max_exp_avg_sq=None):
-    """AdamW (arXiv 1711.05101, algorithm 2) in place, on tensors of one shape and type; with
-    max_exp_avg_sq its AMSGrad variant.
+    """AdamW (arXiv 1711.05101), or with max_exp_avg_sq AMSGrad, in place on tensors of one shape.
 
     step_size = lr / (1 - beta1^t), root_correction = sqrt(1 - beta2^t), keep = 1 - lr *
     weight_decay and eps are numbers, or 0-dim tensors so that a new value compiles nothing anew.
@@ -229,9 +233,8 @@ def parts_of(group, flats):
 class AdamW(torch.optim.Optimizer):
     """Drop-in for torch.optim.AdamW with the same defaults. ValueError: a value out of range.
 
-    state[p] has `step`, `exp_avg`, `exp_avg_sq`, and for a parameter of less than float32 a float32
-    `master`. flats: of flatten(); their parameters are updated in one go. compiled=True makes that
-    one kernel for each flat tensor. A deepcopy updates its parameters one by one.
+    state[p] has `step`, `exp_avg`, `exp_avg_sq`, and below float32 a float32 `master`. Parameters
+    of `flats` are updated in one go, with compiled=True by one kernel; a deepcopy has no flats.
     """
     moment_names = ('exp_avg', 'exp_avg_sq')
 
@@ -271,8 +274,8 @@ class AdamW(torch.optim.Optimizer):
         return loss
 
     def advance(self, part):
-        """Count a step of a part. Its first one makes the moments, from the state if that has been
-        loaded, and leaves views of them there."""
+        """Count a step. The first makes the moments, from loaded ones if there are any, and leaves
+        views of them in the state."""
         first = self.state[part.parameters[0]]
         if not part.moments and part.weight().dtype.itemsize < 4:
             part.master = first.setdefault('master', part.weight().float())
@@ -353,8 +356,8 @@ class Paper:
     """SPAM as in its authors' code (galore_torch/SPAM.py): eps joins sqrt(v) before the bias
     correction; weight decay comes after the step, and a warm-up does not scale it.
 
-    Updates t are counted from 1. update_all(optimizer, todo, t) of a mode returns the numbers of
-    cut elements, 0-dim tensors, and whether the norm of all gradients was a spike.
+    Updates t are counted from 1. A mode's update_all(optimizer, todo, t) returns how many elements
+    were cut (0-dim), and whether the norm of all gradients was a spike.
     """
     theta = 5000.0
     moment_names = AdamW.moment_names
@@ -376,18 +379,17 @@ class Paper:
         return 0 < self.interval <= t and self.since_reset(t) <= self.warmup
 
     def update_all(self, optimizer, todo, t):
-        cuts = []
+        cut = 0
         for group, part in todo:
             grad = part.gradient(copy=True)
             if self.is_reset(t):
                 torch._foreach_zero_(part.moments)
             if self.since_reset(t) >= self.grace:
-                clip = optimizer.function_for(part, clip_spikes)
-                cuts.append(clip(grad, part.moments[1], self.theta))
+                cut += optimizer.clip(part, grad, self.theta)
             step_size, root, keep, eps = optimizer.numbers(group, part, group['lr'])
             numbers = (step_size * self.factor(t) * keep, root, keep, eps / root)
             optimizer.update(group, part, grad, numbers)
-        return cuts, False
+        return cut, False
 
     def factor(self, t):
         """Of the step, not of the decay."""
@@ -404,21 +406,19 @@ class Reference(Paper):
     def update_all(self, optimizer, todo, t):
         norms = [torch.linalg.vector_norm(part.gradient()) for _, part in todo]
         norm = torch.linalg.vector_norm(torch.stack(norms).double())
-        fired = is_norm_spike(norm, optimizer.memory['norms'], optimizer.memory['norms_seen'])
-        cuts = []
+        fired = is_norm_spike(norm, optimizer.memory['norms'])
+        cut = 0
         for group, part in todo:
             grad = part.gradient(copy=True)
-            exp_avg, exp_avg_sq, _ = part.moments
             if t > 1:
-                clip = optimizer.function_for(part, clip_spikes)
-                cuts.append(clip(grad, exp_avg_sq, self.theta, 1e-12))
-            exp_avg.mul_(1 - 0.5 * fired.double())
-            exp_avg_sq.mul_(1 - 0.1 * fired.double())
+                cut += optimizer.clip(part, grad, self.theta, 1e-12)
+            part.moments[0].mul_(1 - 0.5 * fired.double())
+            part.moments[1].mul_(1 - 0.1 * fired.double())
             if self.is_reset(t):
-                torch._foreach_zero_([exp_avg, exp_avg_sq])
+                torch._foreach_zero_(part.moments[:2])
             numbers = optimizer.numbers(group, part, group['lr'] * self.factor(t))
             optimizer.update(group, part, grad, numbers)
-        return cuts, fired
+        return cut, fired
 
     def factor(self, t):
         """Of the learning rate."""
@@ -433,7 +433,7 @@ class Stable(Paper):
     updates that went into them."""
 
     def update_all(self, optimizer, todo, t):
-        cuts = []
+        cut = 0
         for group, part in todo:
             grad = part.gradient(copy=True)
             states = [optimizer.state[p] for p in part.parameters]
@@ -445,39 +445,35 @@ class Stable(Paper):
                 state['seen'] += 1
                 state['step'] = 1 if self.is_reset(t) else state['step']
             levels = [state['levels'] for state in states]
-            cuts.append(stabilise(part.views(grad), levels, states[0]['seen'], group['eps']))
+            cut += stabilise(part.views(grad), levels, states[0]['seen'], group['eps'])
             optimizer.update(group, part, grad, optimizer.numbers(group, part, group['lr']))
-        return cuts, False
+        return cut, False
 
 
 SPAM_MODES = {'paper': Paper, 'reference': Reference, 'stable': Stable}
 
 
-def is_norm_spike(norm, norms, seen):
+def is_norm_spike(norm, norms):
     """Whether `norm` (0-dim) is more than 2 standard deviations above the mean of those before it,
     0-dim bool; not with fewer than 10, nor by rounding where clipping made all equal.
 
-    norms: the last 100, seen: how many there were; unless it is not finite, `norm` joins them.
+    norms: the last 100, -1 where there is none yet; `norm` joins them unless it is not finite.
     """
-    position = torch.arange(len(norms), device=norms.device)
-    there = position < seen
-    n = seen.clamp(min=1, max=len(norms))
-    mean = torch.where(there, norms, 0).sum() / n
-    deviation = (torch.where(there, norms - mean, 0).square().sum() / n).sqrt()
-    fires = (seen >= 10) & (norm - mean > torch.maximum(2 * deviation, 1e-5 * mean))
-    here = norm.isfinite() & (position == seen % len(norms))
-    norms.copy_(torch.where(here, norm, norms))
-    seen.add_(norm.isfinite())
-    return fires & norm.isfinite()
+    before = torch.where(norms >= 0, norms, math.nan)
+    mean = before.nanmean()
+    deviation = (before - mean).square().nanmean().sqrt()
+    is_above = norm - mean > torch.maximum(2 * deviation, 1e-5 * mean)
+    fires = norm.isfinite() & is_above & ((norms >= 0).sum() >= 10)
+    norms.copy_(torch.where(norm.isfinite(), torch.cat([norms[1:], norm[None]]), norms))
+    return fires
 
 
 def stabilise(grads, levels, seen, eps):
     """AdaClip and AdaGN (arXiv 2502.17055; gamma 0.7 and 0.9, theta 0.999) on S tensors, in place.
 
-    levels: each tensor's usual maximum, norm and squared norm (3,), in which a gradient that is not
-    finite leaves no trace; seen: updates that went into them, this one included. Elements above the
-    usual maximum T are scaled by T / max, then the tensor gets its usual norm, unless it is 0.
-    Returns the number of elements above T, 0-dim.
+    levels: each tensor's usual maximum, norm and squared norm (3,), which take in nothing that is
+    not finite; seen: updates in them, this one included. Elements above the usual maximum T are
+    scaled by T / max, then a tensor gets its usual norm. Returns how many were above T, 0-dim.
     """
     before = torch.stack(levels)  # (S, 3)
     largest = torch.stack(torch._foreach_norm(grads, math.inf))  # (S,)
@@ -503,10 +499,10 @@ def stabilise(grads, levels, seen, eps):
 class AdamWSPAM(AdamW):
     """AdamW that survives gradient spikes, in one of SPAM_MODES (None: plain AdamW).
 
-    spam_interval: updates between resets of the moments, 0: none. spam_warmup: updates after a
-    reset with a smaller step. spam_theta: g^2 may be theta v (None: 5000 in 'paper', 50 in
-    'reference'; 'stable' has none). spam_grace: updates after the start or a reset in which 'paper'
-    cuts nothing. All parameters lie on one device. ValueError: a value out of range.
+    spam_interval: updates between resets of the moments, 0: none. spam_warmup: updates after one
+    with a smaller step. spam_theta: g^2 may be theta v (None: 5000 in 'paper', 50 in 'reference').
+    spam_grace: updates after the start or a reset in which 'paper' cuts nothing. All parameters lie
+    on one device.
     """
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, *,
@@ -518,8 +514,7 @@ class AdamWSPAM(AdamW):
         device = self.param_groups[0]['params'][0].device
         self.memory = {  # what is remembered of all parameters together
             'counts': torch.zeros(3, dtype=torch.int64, device=device),  # as in counters
-            'norms': torch.zeros(100, dtype=torch.float64, device=device),  # see is_norm_spike
-            'norms_seen': torch.zeros((), dtype=torch.int64, device=device),
+            'norms': torch.full((100,), -1.0, dtype=torch.float64, device=device),
         }
         if spam_mode is None:
             return
@@ -537,11 +532,14 @@ class AdamWSPAM(AdamW):
         if self.mode is None:
             super().update_all(todo)
             return
-        cuts, fired = self.mode.update_all(self, todo, self.updates)
-        cut = torch.stack(cuts).sum() if cuts else 0
+        cut, fired = self.mode.update_all(self, todo, self.updates)
         self.memory['counts'][0].add_((cut > 0) | fired)
         self.memory['counts'][1].add_(cut)
         self.memory['counts'][2].add_(self.mode.is_reset(self.updates))
+
+    def clip(self, part, grad, theta, least=0.0):
+        """clip_spikes of one part."""
+        return self.function_for(part, clip_spikes)(grad, part.moments[1], theta, least)
 
     def recovering(self):
         """Whether the last update lay in the warm-up after a reset, when moments say little."""
@@ -568,8 +566,8 @@ class AdamWSPAM(AdamW):
 class AdamWPrune(AdamWSPAM):
     """AdamW or AdamWSPAM (`base`) that prunes as it trains; state[p]['mask'] is True = keep.
 
-    others: arguments of prune.Pruner, and those of AdamWSPAM if that is the base. The learning rate
-    of groups with pruned parameters is multiplied by the pruner's rate_factor.
+    others: arguments of prune.Pruner, at least start and end; of AdamWSPAM if that is the base.
+    The learning rate of groups with pruned parameters is multiplied by the pruner's rate_factor.
     """
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, *,
@@ -584,10 +582,9 @@ class AdamWPrune(AdamWSPAM):
             spam = dict(spam_mode=None)
         super().__init__(params, lr, betas, eps, weight_decay, flats=flats, compiled=compiled,
                          **spam)
-        if self.mode and self.mode.interval:
-            told = f'spam_interval={self.mode.interval} spam_warmup={self.mode.warmup}'
-            self.require(self.mode.warmup < self.mode.interval - 1, f'{told}: no masks are chosen '
-                         'in the warm-up, and it would never be over; lengthen the interval')
+        endless = self.mode and 0 < self.mode.interval <= self.mode.warmup + 1
+        self.require(not endless, 'no masks are chosen in the warm-up after a reset, which would '
+                     'never be over; make spam_interval longer than spam_warmup + 1')
         self.pruner = prune.Pruner(self, score=score, target_sparsity=target_sparsity,
                                    hold=self.recovering, **pruning)
 
@@ -623,7 +620,7 @@ class AdamWPrune(AdamWSPAM):
 
 def build_adamw(groups, settings, flats, compiled, kind=AdamW, **more):
     betas = (settings.beta1, settings.beta2)
-    return kind(groups, settings.learning_rate, betas, settings.eps, settings.weight_decay,
+    return kind(groups, settings.learning_rate, betas, weight_decay=settings.weight_decay,
                 flats=flats, compiled=compiled, **more)
 
 
