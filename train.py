@@ -169,7 +169,7 @@ def one_step(run):
     sum_over_ranks(run, loss)
     norm = optim.gradient_norm(run.flats)
     note_bad_step(run, loss, norm)
-    optim.scale_gradients(run.flats, clip_factor(run, norm), run.bad_step < 0)
+    optim.scale_gradients(run.flats, clip_factor(run, norm), run.bad_step < 0, fused(run))
     set_learning_rate(run)
     run.optimizer.step()
     if run.pruner:
@@ -185,8 +185,6 @@ def local_gradients(run):
     total = torch.zeros((), device=run.machine.device)
     run.model.train()
     optim.clear(run.flats)
-    fuse = s.compile and run.machine.device.type == 'cuda'  # on a CPU it is no faster
-    add = optim.compiled(optim.add_each) if fuse else optim.add_each
     for micro in range(run.machine.rank, s.gradient_accumulation_steps, run.machine.world):
         idx, targets = training_batch(run, micro)  # (B, T) each
         # Dropout is a function of (seed, step, micro-batch), so it needs no state to resume.
@@ -194,9 +192,14 @@ def local_gradients(run):
         torch.manual_seed(s.seed + 1_000_003 * number)
         loss = run.model(idx, targets) / s.gradient_accumulation_steps
         loss.backward()
-        optim.accumulate(run.flats, add)
+        optim.accumulate(run.flats, fused(run))
         total += loss.detach()
     return total
+
+
+def fused(run):
+    """Whether to compile small passes over all parameters; on a CPU that is no faster."""
+    return run.settings.compile and run.machine.device.type == 'cuda'
 
 
 def training_batch(run, micro):
@@ -395,13 +398,12 @@ def stop_if_bad(run):
 
 def identity(run):
     """What a checkpoint says of where it is from. `model` is all that reading it needs."""
-    data = run.data
     return dict(
         format=FORMAT,
         model=asdict(run.model.config),
         settings=asdict(run.settings),
-        data=dict(name=data.name, tokenizer=data.tokenizer, vocab_size=data.vocab_size),
-        fingerprint=data.fingerprint,
+        data=run.data.describe(),
+        fingerprint=run.data.fingerprint,
         step=run.progress.step,
         val_loss=run.progress.val_loss,
     )

@@ -158,54 +158,77 @@ def checkpoint_to_resume(s, data):
 # --- the table ------------------------------------------------------------------------------------
 
 
-def predicted_memory(s, model, dtype):
+def announce(run):
+    """Say the preflight table and write config.json."""
+    s, m = run.settings, run.machine
+    notes = [('note', note) for note in notes_on(run)]
+    lines = [f'  {name:<18s} {text}' for name, text in [*rows_of(run).items(), *notes]]
+    run.log.say('\n'.join(['preflight', *lines]))
+    if run.log.write:
+        write_json(os.path.join(s.out_dir, 'config.json'), dict(
+            settings=asdict(s), model=asdict(run.model.config), fingerprint=run.data.fingerprint,
+            data=run.data.describe(), device=m.name, dtype=str(m.dtype).split('.')[-1],
+            processes=m.world, **provenance()))
+
+
+def epochs_of(run):
+    s = run.settings
+    windows = run.data.train.windows(s.block_size)
+    return s.max_iters * effective_batch(s) / windows
+
+
+def rows_of(run):
+    """{name: text} of the table."""
+    s, m, data = run.settings, run.machine, run.data
+    tokens_a_step = effective_batch(s) * s.block_size
+    ranks = f', on {m.world} processes' if m.world > 1 else ''
+    peak = 'peak unknown, no MFU'
+    if m.peak_flops:
+        peak = f'{m.peak_flops / 1e12:.0f} TFLOP/s peak in bfloat16'
+    float8_note = '; training multiplies in float8 in MLP and head' if s.fp8 else ''
+    origin = f'; they start from {s.init_from}' if s.init_from.startswith('hf:') else ''
+    pruned = ', pruned by a Pruner' if run.pruner else ''
+    start = f', continued from step {run.start_step}' if run.start_step else ''
+    memory = counted_memory(run)
+    parts = ', '.join(f'{part} {size(n)}' for part, n in memory.items() if n)
+    return {
+        'effective batch': f'{s.batch_size} sequences x {s.gradient_accumulation_steps} '
+                           f'micro-batches = {effective_batch(s)} sequences{ranks}',
+        'tokens a step': f'{effective_batch(s)} x {s.block_size} = {tokens_a_step:,}',
+        'tokens of the run': f'{s.max_iters:,} steps = {s.max_iters * tokens_a_step:,} = '
+                             f'{epochs_of(run):.3g} epochs of {data.train.tokens:,}',
+        'data': f'{data.name}, {data.tokenizer}, {data.vocab_size} tokens, '
+                f'fingerprint {data.fingerprint}',
+        'evaluation': f'{s.eval_tokens or data.val.tokens:,} of {data.val.tokens:,} tokens every '
+                      f'{s.eval_interval} steps',
+        'device': f'{m.name}, {peak}',
+        'numbers': f'{str(m.dtype).split(".")[-1]} at work, float32 masters, moments and '
+                   f'gradients{float8_note}',
+        'compile': 'yes, proven after the first steps' if s.compile else 'no',
+        'attention': attention_row(s, m, run.model.config),
+        'memory, counted': f'{size(sum(memory.values()))} and activations: {parts}',
+        'parameters': f'{run.model.parameter_count():,}{origin}',
+        'optimizer': f'{type(run.optimizer).__name__}{pruned}',
+        'pruning': pruning_row(s, run.pruner.scope_size) if run.pruner else 'none',
+        'learning rate': f'{s.warmup_iters} warm-up, {s.learning_rate:g} -> {s.min_lr:g} at '
+                         f'{s.lr_decay_iters or s.max_iters} ({s.lr_schedule})',
+        'run directory': s.out_dir + start,
+    }
+
+
+def counted_memory(run):
     """{part: bytes} on one device, of what can be counted: activations are not."""
-    parameters = model.parameter_count()
-    element = dtype.itemsize
+    s = run.settings
+    parameters = run.model.parameter_count()
+    element = run.machine.dtype.itemsize
     tokens = min(s.loss_chunk_tokens, s.batch_size * s.block_size)
     return {
         'working weights': parameters * element if element < 4 else 0,
         'master weights': parameters * 4,
         'moments': parameters * 8,
         'gradients': parameters * (4 + element),
-        'logits': tokens * model.config.padded_vocab_size * element,
+        'logits': tokens * run.model.config.padded_vocab_size * element,
     }
-
-
-def table(s, machine, data, run_lines):
-    """The preflight table as text. run_lines: {row: text} of what the built objects say."""
-    tokens_a_step = effective_batch(s) * s.block_size
-    windows = data.train.windows(s.block_size)
-    epochs = s.max_iters * tokens_a_step / (windows * s.block_size)
-    micro = s.gradient_accumulation_steps // machine.world
-    ranks = f' ({machine.world} processes, {micro} each)' if machine.world > 1 else ''
-    peak = 'peak unknown, no MFU'
-    if machine.peak_flops:
-        peak = f'{machine.peak_flops / 1e12:.0f} TFLOP/s peak in bfloat16'
-    dtype = str(machine.dtype).removeprefix('torch.')
-    float8_note = '; training multiplies in float8 in MLP and head' if s.fp8 else ''
-    decay_iters = s.lr_decay_iters or s.max_iters
-    rows = {
-        'effective batch': f'{s.batch_size} sequences x {s.gradient_accumulation_steps} '
-                           f'micro-batches = {effective_batch(s)} sequences{ranks}',
-        'tokens a step': f'{effective_batch(s)} x {s.block_size} = {tokens_a_step:,}',
-        'tokens of the run': f'{s.max_iters:,} steps = {s.max_iters * tokens_a_step:,} = '
-                             f'{epochs:.3g} epochs of {data.train.tokens:,}',
-        'data': f'{data.name}, {data.tokenizer}, {data.vocab_size} tokens, '
-                f'fingerprint {data.fingerprint[:16]}',
-        'evaluation': f'{s.eval_tokens or data.val.tokens:,} of {data.val.tokens:,} tokens every '
-                      f'{s.eval_interval} steps',
-        'device': f'{machine.name}, {peak}',
-        'numbers': f'{dtype} at work, float32 masters, moments and gradients{float8_note}',
-        'compile': 'yes, proven after the first steps' if s.compile else 'no',
-        'learning rate': f'{s.warmup_iters} warm-up, {s.learning_rate:g} -> {s.min_lr:g} at '
-                         f'{decay_iters} ({s.lr_schedule})',
-        **run_lines,
-    }
-    notes = list(notes_on(s, machine, epochs))
-    lines = [f'  {name:<18s} {text}' for name, text in rows.items()]
-    lines += [f'  {"note":<18s} {note}' for note in notes]
-    return '\n'.join(['preflight', *lines])
 
 
 def attention_row(s, machine, config):
@@ -226,8 +249,6 @@ def attention_row(s, machine, config):
 
 def pruning_row(s, scope_size):
     """What pruning will do and when. scope_size: prunable weights."""
-    if s.prune_score == 'none':
-        return 'none'
     when = f'{s.prune_schedule} from step {s.prune_start} to {s.prune_end} every {s.prune_interval}'
     if s.prune_pattern == '2:4':
         when = f'2:4 from step {s.prune_start}'
@@ -238,8 +259,9 @@ def pruning_row(s, scope_size):
             f'{factor:.3g} in the end')
 
 
-def notes_on(s, machine, epochs):
+def notes_on(run):
     """What is allowed but has no effect, is costly or risky."""
+    s, machine, epochs = run.settings, run.machine, epochs_of(run)
     for key, needs, _ in without_effect(s):
         yield f'{key}={getattr(s, key)!r} has no effect: it acts only with {needs}'
     if machine.device.type == 'cuda' and machine.dtype == torch.float32:
@@ -256,28 +278,3 @@ def notes_on(s, machine, epochs):
                '(docs/RESULTS.md); --ra_learned=True lets each head find its own')
     if s.grad_clip == 0:
         yield 'grad_clip=0: one bad batch can end the run'
-
-
-def announce(run):
-    """Say the preflight table and write config.json."""
-    s, m, model = run.settings, run.machine, run.model
-    data = dict(name=run.data.name, tokenizer=run.data.tokenizer, vocab_size=run.data.vocab_size)
-    memory = predicted_memory(s, model, m.dtype)
-    parts = ', '.join(f'{part} {size(n)}' for part, n in memory.items() if n)
-    scope_size = run.pruner.scope_size if run.pruner else 0
-    origin = f'; they start from {s.init_from}' if s.init_from.startswith('hf:') else ''
-    start = f', continued from step {run.start_step}' if run.start_step else ''
-    pruned = ', pruned by a Pruner' if run.pruner else ''
-    run.log.say(table(s, m, run.data, {
-        'attention': attention_row(s, m, model.config),
-        'memory, counted': f'{size(sum(memory.values()))} and activations: {parts}',
-        'parameters': f'{model.parameter_count():,}{origin}',
-        'optimizer': f'{type(run.optimizer).__name__}{pruned}',
-        'pruning': pruning_row(s, scope_size),
-        'run directory': s.out_dir + start,
-    }))
-    if run.log.write:
-        write_json(os.path.join(s.out_dir, 'config.json'), dict(
-            settings=asdict(s), model=asdict(model.config), data=data,
-            fingerprint=run.data.fingerprint, device=m.name, dtype=str(m.dtype).split('.')[-1],
-            processes=m.world, **provenance()))

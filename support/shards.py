@@ -127,6 +127,10 @@ class Data:
     train: TokenStream
     val: TokenStream
 
+    def describe(self):
+        """What a checkpoint says of it."""
+        return dict(name=self.name, tokenizer=self.tokenizer, vocab_size=self.vocab_size)
+
 
 def fingerprint_of(train, val):
     """16 hex digits of SHA-256 over both splits' names, sizes and tokens.

@@ -1,4 +1,5 @@
 """Shared by all tests: the repository on the path, a tiny data set, a tiny run."""
+import gc
 import os
 import pathlib
 import random
@@ -18,6 +19,12 @@ from support.rundir import load_checkpoint, read_metrics  # noqa: E402
 from support.settings import Refused  # noqa: E402
 
 torch.set_num_threads(1)  # tiny tensors; and two threads that share busy cores with others spin
+
+
+@pytest.fixture(scope='session', autouse=True)
+def modules_frozen():
+    """Each run collects garbage once; without this it looks at all imported modules each time."""
+    gc.freeze()
 
 
 def words(count, seed):

@@ -1,0 +1,72 @@
+"""sweep.py: an experiment on the CPU, from nothing to committed figures, stopped and continued."""
+import json
+
+import pytest
+from conftest import TINY, refusal
+
+import sweep
+from support.rundir import read_metrics
+
+
+@pytest.fixture
+def experiment(tiny_data, tmp_path, monkeypatch):
+    """Path of an experiment of two runs; results/ and out/ lie beside it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'preset.py').write_text('grad_clip = 0.5\n')
+    path = tmp_path / 'small.py'
+    common = {**TINY, 'data_dir': str(tiny_data), 'max_iters': 12}
+    path.write_text(f'base = {str(tmp_path / "preset.py")!r}\n'
+                    f'common = {common!r}\n'
+                    "runs = {'first': {}, 'second': {'seed': 2, 'max_iters': 16}}\n")
+    return path
+
+
+def test_runs_leave_their_figures_and_a_report(experiment, tmp_path, capsys):
+    assert sweep.main([str(experiment)]) == 0
+    for name, steps in (('first', 12), ('second', 16)):
+        kept = tmp_path / 'results' / 'small' / name
+        assert {file.name for file in kept.iterdir()} == {'config.json', 'summary.json',
+                                                          'metrics.jsonl'}
+        assert json.loads((kept / 'summary.json').read_text())['steps'] == steps
+        assert json.loads((kept / 'config.json').read_text())['settings']['grad_clip'] == 0.5
+    printed = capsys.readouterr().out
+    assert 'seed differs' in printed
+    assert (tmp_path / 'out' / 'small' / 'report.png').exists()
+    assert sweep.main([str(experiment)]) == 0
+    assert 'started' not in capsys.readouterr().out  # what is finished is not run again
+
+
+def test_time_limit_saves_and_the_same_command_continues(experiment, tmp_path, capsys):
+    source = experiment.read_text().replace("'max_iters': 12", "'max_iters': 100000")
+    experiment.write_text(source.replace("'second'", "# 'second'").replace('{}, #', '{}} #'))
+    assert sweep.main([str(experiment), '--time_limit=12']) == 1
+    assert 'continues it' in capsys.readouterr().out
+    summary = tmp_path / 'out' / 'small' / 'first' / 'summary.json'
+    first = json.loads(summary.read_text())
+    assert first['exit_reason'] == 'sigterm' and first['steps'] > 0
+    assert not (tmp_path / 'results').exists()
+    assert sweep.main([str(experiment), '--time_limit=10']) == 1
+    assert json.loads(summary.read_text())['steps'] > first['steps']
+
+
+def test_metrics_are_thinned_but_evaluations_stay(tmp_path):
+    folder = tmp_path / 'run'
+    folder.mkdir()
+    for name in ('config.json', 'summary.json'):
+        (folder / name).write_text('{}')
+    records = [{'step': step, 'loss': 1.0} for step in range(1, 1001)]
+    records += [{'step': step, 'val_loss': 1.0} for step in range(0, 1001, 100)]
+    (folder / 'metrics.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in records))
+    sweep.keep_results(str(folder), str(tmp_path / 'kept'))
+    kept = read_metrics(tmp_path / 'kept' / 'metrics.jsonl')
+    assert 150 <= len(kept) <= sweep.METRICS_KEPT
+    assert sum('val_loss' in record for record in kept) == 11
+    assert {'step': 1000, 'loss': 1.0} in kept
+
+
+def test_what_is_not_an_experiment_is_refused(tmp_path):
+    path = tmp_path / 'wrong.py'
+    path.write_text('base = "config/vanilla_baseline.py"\n')
+    assert 'assigns no runs' in refusal(sweep.main, [str(path)])[0]
+    assert 'cannot be read' in refusal(sweep.main, [str(tmp_path / 'none.py')])[0]
+    assert 'gpus_a_run=3' in refusal(sweep.main, [str(path), '--gpus=2', '--gpus_a_run=3'])[0]
