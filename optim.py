@@ -618,16 +618,17 @@ class AdamWPrune(AdamWSPAM):
 # --- by name --------------------------------------------------------------------------------------
 
 
-def build_adamw(groups, settings, flats, compiled, kind=AdamW, **more):
-    betas = (settings.beta1, settings.beta2)
-    return kind(groups, settings.learning_rate, betas, weight_decay=settings.weight_decay,
-                flats=flats, compiled=compiled, **more)
+def build_adamw(groups, settings, flats, compiled):
+    s = settings
+    return AdamW(groups, s.learning_rate, (s.beta1, s.beta2), weight_decay=s.weight_decay,
+                 flats=flats, compiled=compiled)
 
 
 def build_adamwspam(groups, settings, flats, compiled):
-    return build_adamw(groups, settings, flats, compiled, AdamWSPAM, spam_mode=settings.spam_mode,
-                       spam_interval=settings.spam_interval, spam_warmup=settings.spam_warmup,
-                       spam_theta=settings.spam_theta, spam_grace=settings.spam_grace)
+    s = settings
+    return AdamWSPAM(groups, s.learning_rate, (s.beta1, s.beta2), weight_decay=s.weight_decay,
+                     spam_mode=s.spam_mode, spam_interval=s.spam_interval,
+                     spam_warmup=s.spam_warmup, flats=flats, compiled=compiled)
 
 
 OPTIMIZERS = {  # name -> function (groups, settings, flats, compiled); one entry adds an optimizer

@@ -81,6 +81,17 @@ def check_pruning(s, require):
     require(0 <= s.prune_start < s.prune_end <= s.max_iters, 'prune_start prune_end max_iters',
             'the ramp must start before it ends and end within the run, '
             f'e.g. --prune_start={start} --prune_end={end}')
+    if s.optimizer != 'adamwspam' or s.spam_interval == 0:
+        return
+    # No masks are chosen in the spam_warmup + 1 updates from a reset on.
+    require(s.spam_warmup + 1 < s.spam_interval, 'spam_interval spam_warmup prune_score',
+            'no masks are chosen in the warm-up, and it would never be over')
+    since_reset = s.prune_end % s.spam_interval
+    if s.prune_end >= s.spam_interval and since_reset <= s.spam_warmup:
+        chosen = s.prune_end - since_reset + s.spam_warmup + 1
+        require(chosen <= s.max_iters, 'prune_end max_iters spam_interval spam_warmup',
+                f'no masks are chosen in the warm-up, so target_sparsity would be reached at '
+                f'{chosen}, after the run')
 
 
 def is_reciprocal(s):
