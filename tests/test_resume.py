@@ -1,25 +1,29 @@
 """Stopping and going on: what was interrupted, by whatever, ends as if it had not been."""
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import HOME, assert_same_run, last, refusal, train, words
+from conftest import HOME, assert_same_run, last, refusal, words
 
+import optim
 import prepare
-import rundir
-from shards import open_data
+import prune
+import train
+from model import ATTENTIONS
+from support.rundir import read_metrics, save_checkpoint
+from support.shards import open_data
 
 TIMINGS = ('tokens_per_second', 'mfu', 'peak_memory_bytes', 'seconds')
 
 
 def metrics(folder):
     """The records of a run without what the machine decides."""
-    return [{k: v for k, v in r.items() if k not in TIMINGS} for r in rundir.read_metrics(folder / 'metrics.jsonl')]
+    records = read_metrics(folder / 'metrics.jsonl')
+    return [{k: v for k, v in record.items() if k not in TIMINGS} for record in records]
 
 
 def make_data(tmp_path, texts, seed):
@@ -27,44 +31,130 @@ def make_data(tmp_path, texts, seed):
     (tmp_path / 'text').mkdir()
     for i in range(texts):
         (tmp_path / 'text' / f'{i}.txt').write_text(words(100, seed + i))
-    assert prepare.main(['text', f'--input={tmp_path / "text"}', '--name=tiny', '--tokenizer=bytes',
-                         f'--data_dir={tmp_path / "data"}', '--val_fraction=0.2']) == 0
-    return tmp_path / 'data'
+    folder = tmp_path / 'data'
+    code = prepare.main(['text', f'--input={tmp_path / "text"}', '--name=tiny', '--tokenizer=bytes',
+                         f'--data_dir={folder}', '--val_fraction=0.2'])
+    assert code == 0
+    return folder
 
 
 def files_of(folder):
-    """name -> (content, time of the last change)."""
+    """{name: (content, time of the last change)}."""
     return {f.name: (f.read_bytes(), f.stat().st_mtime_ns) for f in folder.iterdir()}
 
 
-# --- exact continuation ------------------------------------------------------------------------------
+# --- exact continuation ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 def test_resumed_run_is_the_straight_run_to_the_bit(tiny, tmp_path, dtype):
+    """With dropout, over the end of an epoch, and whatever the process did before."""
     folder = make_data(tmp_path, texts=12, seed=0)
     windows = open_data(str(folder), 'tiny').train.windows
     block = next(b for b in range(32, 64) if windows(b) % 24 == 0)
     epoch = windows(block) // 24  # updates; the epoch ends exactly between two of them
-    told = dict(data_dir=folder, batch_size=12, gradient_accumulation_steps=2, block_size=block, dropout=0.2, dtype=dtype, eval_interval=1,
-                log_interval=1, save_interval=100, lr_decay_iters=epoch + 4)
+    told = dict(data_dir=folder, batch_size=12, gradient_accumulation_steps=2, block_size=block,
+                dropout=0.2, dtype=dtype, eval_interval=1, log_interval=1, save_interval=100,
+                eval_tokens=128, lr_decay_iters=epoch + 4)
     train.main(tiny(**told, max_iters=epoch + 4, out_dir=tmp_path / 'straight'))
-    generator = torch.get_rng_state()
-    for stop in (epoch - 2, epoch, epoch + 1, epoch + 4):  # in the middle, at the end, in the next epoch
-        torch.manual_seed(stop)  # what the process did before must not matter
-        assert train.main(tiny(**told, max_iters=stop, out_dir=tmp_path / 'split', init_from='auto')) == 0
-        assert last(tmp_path / 'split')['progress']['step'] == stop
+    split = dict(told, out_dir=tmp_path / 'split', init_from='auto')
+    for stop in (epoch - 2, epoch, epoch + 1, epoch + 4):  # before, at and after the end
+        torch.manual_seed(stop)
+        assert train.main(tiny(**split, max_iters=stop)) == 0
+        assert last(tmp_path / 'split')['step'] == stop
     assert_same_run(tmp_path / 'straight', tmp_path / 'split')
-    assert torch.equal(torch.get_rng_state(), generator)
     assert metrics(tmp_path / 'split') == metrics(tmp_path / 'straight')
-    steps = [r['step'] for r in metrics(tmp_path / 'split') if 'loss' in r]
+    steps = [record['step'] for record in metrics(tmp_path / 'split') if 'loss' in record]
     assert steps == list(range(1, epoch + 5))
 
 
-def test_metrics_have_no_step_twice_and_none_missing_wherever_the_run_was_split(tiny, tmp_path, monkeypatch):
+def straight_and_split(tiny, tmp_path, told, stop, end, monkeypatch):
+    """Train to `end` at once, and in two sessions of which the first is stopped at step `stop`."""
+    assert train.main(tiny(**told, max_iters=end, out_dir=tmp_path / 'straight')) == 0
+    gradients = train.local_gradients
+
+    def signalled(run):
+        if run.progress.step == stop - 1:
+            run.stop_signal = signal.SIGTERM  # is noticed after this update
+        return gradients(run)
+
+    split = dict(told, max_iters=end, out_dir=tmp_path / 'split')
+    with monkeypatch.context() as patch:
+        patch.setattr(train, 'local_gradients', signalled)
+        assert train.main(tiny(**split)) == 128 + signal.SIGTERM
+    assert last(tmp_path / 'split')['step'] == stop
+    assert train.main(tiny(**split, init_from='resume')) == 0
+
+
+SMALL = dict(n_layer=1, batch_size=2, gradient_accumulation_steps=1, eval_interval=100,
+             eval_tokens=64, save_interval=100)
+AT_ONCE = dict(prune_start=2, prune_end=7, prune_pattern='2:4')
+RAMP = dict(prune_start=2, prune_end=7, prune_interval=2)
+SPAM = dict(optimizer='adamwspam', spam_interval=4, spam_warmup=1)
+OPTIMIZERS = {
+    'adamw': {},
+    'spam paper': SPAM,
+    'spam reference': dict(SPAM, spam_mode='reference'),
+    'spam stable': dict(SPAM, spam_mode='stable'),
+    'adamwprune': dict(RAMP, optimizer='adamwprune', prune_score='bitter7'),
+}
+VARIANTS = {
+    'adamw and movement': dict(RAMP, prune_score='movement'),
+    'spam and bitter3': dict(RAMP, **SPAM, prune_score='bitter3'),
+    'spam reference and magnitude': dict(RAMP, **SPAM, spam_mode='reference',
+                                         prune_score='magnitude'),
+    'spam stable and movement': dict(RAMP, **SPAM, spam_mode='stable', prune_score='movement'),
+    'straight-through': dict(RAMP, prune_score='bitter7', prune_regrow=0.0),
+    'SR-STE': dict(RAMP, prune_score='magnitude', prune_regrow=0.01),
+    'SR-STE in bfloat16': dict(RAMP, prune_score='bitter7', prune_regrow=0.01, dtype='bfloat16'),
+    'each matrix at a raised rate': dict(RAMP, prune_score='bitter7', prune_allocation='layer',
+                                         prune_lr_power=1.0),
+    '2:4 of everything': dict(AT_ONCE, prune_score='bitter7', prune_scope='blocks+embedding'),
+    '2:4 with regrowth': dict(RAMP, prune_score='bitter7', prune_pattern='2:4', prune_regrow=0.0),
+    'linear schedules': dict(RAMP, prune_score='bitter0', prune_schedule='linear',
+                             lr_schedule='linear'),
+}
+CASES = {
+    **{f'{name}, {attention}': dict(told, attention=attention)
+       for name, told in OPTIMIZERS.items() for attention in ATTENTIONS},
+    **{f'score {name}': dict(RAMP, prune_score=name) for name in prune.SCORES},
+    **VARIANTS,
+    'grouped, rotary, bias': dict(n_kv_head=1, positions='rotary', bias=True),
+    'mla, rotary': dict(attention='mla', positions='rotary', latent_dim=8),
+    'ra': dict(ra_learned=True, ra_window=5),
+    'mla, ra everywhere': dict(attention='mla', ra_alpha=0.5, ra_window=-1, dropout=0.1),
+}
+
+
+def test_every_optimizer_is_among_the_cases():
+    assert {told.get('optimizer', 'adamw') for told in OPTIMIZERS.values()} == set(optim.OPTIMIZERS)
+    modes = {told.get('spam_mode', 'paper') for told in OPTIMIZERS.values()}
+    assert modes == set(optim.SPAM_MODES)
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_resume_is_exact_and_masks_hold(tiny, tmp_path, monkeypatch, name):
+    told = {**SMALL, **CASES[name]}
+    straight_and_split(tiny, tmp_path, told, stop=5, end=9, monkeypatch=monkeypatch)
+    assert_same_run(tmp_path / 'straight', tmp_path / 'split')
+    assert metrics(tmp_path / 'split')[-2:] == metrics(tmp_path / 'straight')[-2:]
+    if 'prune_score' not in told:
+        return
+    saved = last(tmp_path / 'straight')
+    summary = json.loads((tmp_path / 'straight' / 'summary.json').read_text())
+    matrices = [w for name, w in saved['weights'].items() if name in summary['sparsity_by_layer']]
+    scope = sum(w.numel() for w in matrices)
+    zeros = sum(int((w == 0).sum()) for w in matrices)
+    assert zeros == round(0.5 * scope) and summary['sparsity'] == zeros / scope
+
+
+def test_metrics_have_no_step_twice_and_none_missing_wherever_the_run_was_split(
+        tiny, tmp_path, monkeypatch):
     told = dict(lr_decay_iters=16, log_interval=2, eval_interval=4, save_interval=4)
-    gradients = train.local_gradients  # one loss is far below the others, at a step that only a split run logs
-    monkeypatch.setattr(train, 'local_gradients', lambda run: gradients(run) - (3 if run.progress.step == 6 else 0))
+    gradients = train.local_gradients
+    # One loss is far below the others, at a step that only a split run logs.
+    monkeypatch.setattr(train, 'local_gradients',
+                        lambda run: gradients(run) - (3 if run.progress.step == 6 else 0))
     train.main(tiny(**told, max_iters=16, out_dir=tmp_path / 'straight'))
     for stop in (4, 7, 16):
         train.main(tiny(**told, max_iters=stop, out_dir=tmp_path / 'split', init_from='auto'))
@@ -72,11 +162,12 @@ def test_metrics_have_no_step_twice_and_none_missing_wherever_the_run_was_split(
     split = metrics(tmp_path / 'split')
     assert all(record in split for record in metrics(tmp_path / 'straight'))
     for key in ('loss', 'val_loss'):
-        steps = [r['step'] for r in split if key in r]
+        steps = [record['step'] for record in split if key in record]
         assert steps == sorted(set(steps)), key
 
 
-def test_what_a_crashed_run_measured_after_its_checkpoint_is_measured_again(tiny, tmp_path, monkeypatch):
+def test_what_a_crashed_run_measured_after_its_checkpoint_is_measured_again(
+        tiny, tmp_path, monkeypatch):
     told = dict(max_iters=8, log_interval=1, save_interval=4, eval_interval=2)
     train.main(tiny(**told, out_dir=tmp_path / 'straight'))
     gradients = train.local_gradients
@@ -89,7 +180,6 @@ def test_what_a_crashed_run_measured_after_its_checkpoint_is_measured_again(tiny
     with monkeypatch.context() as patch, pytest.raises(ValueError, match='crash'):
         patch.setattr(train, 'local_gradients', crash)
         train.main(tiny(**told))
-    assert json.loads((tmp_path / 'run' / 'summary.json').read_text())['exit_reason'] == 'error'
     with open(tmp_path / 'run' / 'metrics.jsonl', 'a') as f:
         f.write('{"step": 7, "lo')  # cut short by the crash
     assert train.main(tiny(**told, init_from='resume')) == 0
@@ -98,175 +188,167 @@ def test_what_a_crashed_run_measured_after_its_checkpoint_is_measured_again(tiny
 
 
 def test_micro_batch_may_change_on_resume_and_the_result_stays(tiny, tmp_path):
-    told = dict(lr_decay_iters=8, eval_interval=8, eps=1e-2)  # eps: see test_ranks.py
-    train.main(tiny(**told, max_iters=8, batch_size=4, gradient_accumulation_steps=1, out_dir=tmp_path / 'straight'))
-    train.main(tiny(**told, max_iters=4, batch_size=4, gradient_accumulation_steps=1, out_dir=tmp_path / 'split'))
-    train.main(tiny(**told, max_iters=8, batch_size=1, gradient_accumulation_steps=4, out_dir=tmp_path / 'split', init_from='resume'))
-    for a, b in zip(*(last(tmp_path / name)['weights'].values() for name in ('straight', 'split'))):
-        assert torch.allclose(a, b, rtol=0, atol=1e-5)
+    told = dict(lr_decay_iters=8, eval_interval=8, log_interval=1)
+    whole = dict(batch_size=4, gradient_accumulation_steps=1)
+    parts = dict(batch_size=1, gradient_accumulation_steps=4)
+    split = dict(told, out_dir=tmp_path / 'split')
+    train.main(tiny(**told, **whole, max_iters=8, out_dir=tmp_path / 'straight'))
+    train.main(tiny(**split, **whole, max_iters=4))
+    train.main(tiny(**split, **parts, max_iters=8, init_from='resume'))
+    for a, b in zip(metrics(tmp_path / 'straight'), metrics(tmp_path / 'split')):
+        assert a['step'] == b['step']
+        assert 'loss' not in a or abs(a['loss'] - b['loss']) < 1e-3
+        assert 'loss' not in a or a['step'] > 5 or abs(a['loss'] - b['loss']) < 2e-6
 
 
-# --- auto, finished ----------------------------------------------------------------------------------
+# --- auto, finished -------------------------------------------------------------------------------
 
 
 def test_auto_starts_goes_on_and_ends(tiny, tmp_path, capsys):
-    told = dict(init_from='auto', lr_decay_iters=8)
-    assert train.main(tiny(**told, max_iters=4)) == 0
-    assert train.main(tiny(**told, max_iters=8)) == 0
+    told = dict(lr_decay_iters=8)
+    assert train.main(tiny(**told, init_from='auto', max_iters=4)) == 0
+    assert train.main(tiny(**told, init_from='auto', max_iters=8)) == 0
     assert 'continued from step 4' in capsys.readouterr().out
     assert last(tmp_path / 'run')['progress']['step'] == 8
     before = files_of(tmp_path / 'run')
     for init_from in ('auto', 'resume'):
-        assert train.main(tiny(**{**told, 'init_from': init_from}, max_iters=8)) == 0
-        assert capsys.readouterr().out == f'{tmp_path}/run holds this run, finished; nothing to do\n'
+        assert train.main(tiny(**told, init_from=init_from, max_iters=8)) == 0
+        assert capsys.readouterr().out == (
+            f'{tmp_path}/run holds this run, finished; nothing to do\n')
     assert files_of(tmp_path / 'run') == before
 
 
-# --- refused -----------------------------------------------------------------------------------------
+def test_time_is_that_of_all_sessions(tiny, tmp_path, monkeypatch):
+    told = dict(lr_decay_iters=8, init_from='auto')
+    train.main(tiny(**told, max_iters=4))
+    saved = last(tmp_path / 'run')
+    assert 0 < saved['progress']['seconds'] < 60
+    saved['progress']['seconds'] = 1000.0
+    del saved['format']
+    save_checkpoint(str(tmp_path / 'run' / 'last.pt'), {'format': train.FORMAT, **saved})
+    train.main(tiny(**told, max_iters=8))
+    seconds = json.loads((tmp_path / 'run' / 'summary.json').read_text())['seconds']
+    assert 1000 < seconds < 1060
 
 
-def test_resume_with_nothing_there(tiny, tmp_path):
-    assert refusal(train.main, tiny(init_from='resume')) == [
-        f"init_from='resume': there is no {tmp_path}/run/last.pt; check out_dir or use --init_from=scratch"]
+# --- refused, or not ------------------------------------------------------------------------------
 
 
-def test_resume_with_other_settings_names_each(tiny, tmp_path):
+@pytest.fixture
+def half(tiny, tmp_path):
+    """Folder of a run of 4 steps; with lr_decay_iters=8 it may go on."""
     train.main(tiny(max_iters=4, lr_decay_iters=8))
-    out = tmp_path / 'run'
-    before = files_of(out)
-    assert refusal(train.main, tiny(init_from='resume', learning_rate=2e-2, n_layer=3, batch_size=3, lr_decay_iters=9)) == [
-        f'n_layer=3: the run in {out} has n_layer=2; keep it, or start another run with another --out_dir',
-        f'learning_rate=0.02: the run in {out} has learning_rate=0.01; keep it, or start another run with another --out_dir',
-        f'batch_size x gradient_accumulation_steps = 6: the run in {out} has 4; keep it, or start another run with another --out_dir',
-        f'lr_decay_iters (0: max_iters) = 9: the run in {out} has 8; keep it, or start another run with another --out_dir']
-    assert files_of(out) == before
+    return tmp_path / 'run'
 
 
-def test_resume_on_other_data(tiny, tmp_path):
-    train.main(tiny(max_iters=4, lr_decay_iters=8))
-    then = last(tmp_path / 'run')['fingerprint']
+def test_resume_with_other_settings_names_each(tiny, half):
+    before = files_of(half)
+    other = dict(learning_rate=2e-2, n_layer=3, batch_size=3, lr_decay_iters=9)
+    end = 'keep it, or start another run with another --out_dir'
+    assert refusal(train.main, tiny(init_from='resume', **other)) == [
+        f'n_layer=3: the run in {half} has n_layer=2; {end}',
+        f'learning_rate=0.02: the run in {half} has learning_rate=0.01; {end}',
+        'batch_size x gradient_accumulation_steps=6: the run in '
+        f'{half} has batch_size x gradient_accumulation_steps=4; {end}',
+        f'lr_decay_iters (0: max_iters)=9: the run in {half} has lr_decay_iters (0: '
+        f'max_iters)=8; {end}']
+    assert files_of(half) == before
+
+
+def test_resume_may_change_what_does_not_make_another_run(tiny, half, tmp_path):
+    moved = half.rename(tmp_path / 'moved')
+    free = dict(out_dir=moved, lr_decay_iters=0, max_iters=8, eval_interval=2, eval_tokens=320,
+                log_interval=1, save_interval=2, loss_chunk_tokens=64)
+    assert train.main(tiny(init_from='resume', **free)) == 0
+    assert last(moved)['step'] == 8
+
+
+def test_resume_on_other_data(tiny, half, tmp_path):
+    then = last(half)['fingerprint']
     folder = make_data(tmp_path, texts=12, seed=1000)
     now = open_data(str(folder), 'tiny').fingerprint
     assert refusal(train.main, tiny(init_from='resume', lr_decay_iters=8, data_dir=folder)) == [
-        f'data in {folder} changed: fingerprint {now}, the run in {tmp_path}/run was trained on {then}; '
+        f'data in {folder} changed: fingerprint {now}, the run in {half} was trained on {then}; '
         'restore that data, or start another run with another --out_dir']
 
 
-def damaged(path, reason):
-    return [f'checkpoint {path} is damaged or not one of ours ({reason}); use another copy, e.g. best.pt for the weights']
-
-
-def test_damaged_checkpoint(tiny, tmp_path):
-    train.main(tiny(max_iters=4, lr_decay_iters=8))
-    path = tmp_path / 'run' / 'last.pt'
+def test_resume_from_weights_only_or_from_a_damaged_checkpoint(tiny, half):
+    path = half / 'last.pt'
     whole = path.read_bytes()
-    middle = whole.index(last(tmp_path / 'run')['weights']['blocks.0.mlp.fc.weight'].numpy().tobytes()) + 1001
-    path.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1:])
-    assert refusal(train.main, tiny(init_from='resume', lr_decay_iters=8)) == damaged(path, 'its checksum does not match')
-    for content in (whole[:len(whole) // 2], whole[:-1], b'', b'my notes\n', json.dumps({'step': 4}).encode()):
-        path.write_bytes(content)
-        problem, = refusal(train.main, tiny(init_from='resume', lr_decay_iters=8))
-        before, after = damaged(path, '|')[0].split('|')
-        assert problem.startswith(before) and problem.endswith(after) and '\n' not in problem
-    path.write_bytes((tmp_path / 'run' / 'best.pt').read_bytes())
+    path.write_bytes((half / 'best.pt').read_bytes())
     assert refusal(train.main, tiny(init_from='resume', lr_decay_iters=8)) == [
-        f'{path} holds weights only, like a best.pt: not enough to resume from; restore the last.pt of this run']
+        f'{path} holds weights only, like a best.pt: not enough to resume from; restore the '
+        'last.pt of this run']
+    path.write_bytes(whole[:-100])
+    [problem] = refusal(train.main, tiny(init_from='resume', lr_decay_iters=8))
+    assert problem.startswith(f'checkpoint {path} is damaged')
     path.write_bytes(whole)
     assert train.main(tiny(init_from='resume', lr_decay_iters=8)) == 0
 
 
-def test_checkpoint_that_would_run_code_is_refused(tmp_path):
-    class Attack:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / 'run code'),)
-
-    torch.save({'weights': Attack()}, tmp_path / 'last.pt')
-    assert 'is damaged or not one of ours' in refusal(rundir.load_checkpoint, str(tmp_path / 'last.pt'))[0]
-    assert not (tmp_path / 'run code').exists()
-
-
-def test_full_disk_while_saving_keeps_the_previous_checkpoint(tmp_path):
-    path, limit = str(tmp_path / 'last.pt'), 200_000
-    rundir.save_checkpoint(path, {'weights': torch.ones(10)})
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writing beyond the limit fails, as on a full disk
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    try:
-        problem, = refusal(rundir.save_checkpoint, path, {'weights': torch.ones(limit)})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, before)
-    assert problem.startswith(f'{path} could not be written (') and problem.endswith('); the previous checkpoint stays')
-    assert torch.equal(rundir.load_checkpoint(path)['weights'], torch.ones(10))
-    assert os.listdir(tmp_path) == ['last.pt']
+def test_settings_of_other_versions_do_not_end_a_resume(tiny, half, capsys):
+    """One that the reader does not have is named in a note, one newer than the run had its
+    default."""
+    saved = last(half)
+    saved['settings']['label_smoothing'] = 0.1
+    del saved['settings']['lr_schedule']
+    save_checkpoint(str(half / 'last.pt'), saved)
+    assert train.main(tiny(init_from='resume', lr_decay_iters=8)) == 0
+    told = capsys.readouterr()
+    assert 'label_smoothing' in told.out + told.err
+    saved['settings']['label_smoothing'] = 0.1
+    save_checkpoint(str(half / 'last.pt'), saved)
+    [problem] = refusal(train.main, tiny(
+        init_from='resume', lr_decay_iters=8, max_iters=9, lr_schedule='linear'))
+    assert problem.startswith(f"lr_schedule='linear': the run in {half} has lr_schedule='cosine'")
 
 
-# --- killed ------------------------------------------------------------------------------------------
-
-SAVE_AND_KILL = '''
-import os, random, signal, sys, time
-sys.path.insert(0, sys.argv[1])
-import torch
-from rundir import load_checkpoint, save_checkpoint
-torch.set_num_threads(1)
-path, draw = sys.argv[2], random.Random(0)
-save_checkpoint(path, {'version': 0, 'weights': torch.full((500_000,), 0.0)})
-partial, found = 0, set()
-for kill in range(25):
-    child = os.fork()
-    if child == 0:
-        version = 100 * kill
-        while True:
-            version += 1
-            save_checkpoint(path, {'version': version, 'weights': torch.full((500_000,), float(version))})
-    time.sleep(draw.uniform(0.005, 0.08))
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    partial += os.path.exists(path + '.tmp')
-    saved = load_checkpoint(path)
-    assert torch.equal(saved['weights'], torch.full((500_000,), float(saved['version']))), kill
-    found.add(saved['version'])
-save_checkpoint(path, {'version': -1})
-assert load_checkpoint(path) == {'version': -1} and os.listdir(os.path.dirname(path)) == [os.path.basename(path)]
-print(partial, len(found))
-'''
-
-
-def test_kill_9_while_saving_leaves_a_whole_checkpoint(tmp_path):
-    (tmp_path / 'run').mkdir()
-    done = subprocess.run([sys.executable, '-c', SAVE_AND_KILL, str(HOME), str(tmp_path / 'run' / 'last.pt')],
-                          capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    partial, versions = map(int, done.stdout.split())
-    assert partial > 0 and versions > 1  # the kills did come in the middle, and checkpoints did change
-
-
-# --- signals -----------------------------------------------------------------------------------------
+# --- signals --------------------------------------------------------------------------------------
 
 
 def test_sigterm_and_ctrl_c_save_at_a_step_boundary(tiny, tmp_path):
-    told = dict(lr_decay_iters=100, eval_interval=10, save_interval=10**6, log_interval=1, dropout=0.1)
-    environment = {**os.environ, 'OMP_NUM_THREADS': str(torch.get_num_threads())}  # sums depend on it
-    started = {}
+    told = dict(lr_decay_iters=100, eval_interval=10, save_interval=10**6, log_interval=1,
+                dropout=0.1)
+    environment = {**os.environ, 'OMP_NUM_THREADS': '1'}  # sums depend on it
+    steps = {}
     for number in (signal.SIGTERM, signal.SIGINT):
-        argv = [sys.executable, str(HOME / 'train.py'), *tiny(**told, max_iters=10**6, out_dir=tmp_path / number.name)]
-        started[number] = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-    for number, process in started.items():
+        folder = tmp_path / number.name
+        argv = [sys.executable, HOME / 'train.py', *tiny(**told, max_iters=10**6, out_dir=folder)]
+        process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                   env=environment)
         while not process.stdout.readline().startswith('step      2  loss'):
             assert process.poll() is None, process.stderr.read()
         process.send_signal(number)
-    steps = {}
-    for number, process in started.items():
         out, err = process.communicate(timeout=60)
         assert process.returncode == 128 + number and err == '', err
-        folder = tmp_path / number.name
         step = steps[number] = last(folder)['progress']['step']
-        assert out.endswith(f'{number.name}: saved at step {step}; continue with --init_from=resume\n')
+        assert out.endswith(
+            f'{number.name}: saved at step {step}; continue with --init_from=resume\n')
         summary = json.loads((folder / 'summary.json').read_text())
         assert (summary['exit_reason'], summary['steps']) == (number.name.lower(), step)
     told['max_iters'] = max(steps.values()) + 5
     train.main(tiny(**told, out_dir=tmp_path / 'straight'))
-    for number in started:
+    for number in steps:
         assert train.main(tiny(**told, out_dir=tmp_path / number.name, init_from='resume')) == 0
         assert_same_run(tmp_path / 'straight', tmp_path / number.name)
         assert metrics(tmp_path / number.name) == metrics(tmp_path / 'straight')
+
+
+# --- on a GPU -------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+@pytest.mark.parametrize('told', [
+    dict(compile=False, dropout=0.1), dict(dropout=0.1), dict(attention='mla'),
+    dict(ra_learned=True, ra_window=10), dict(RAMP, prune_score='bitter7'), SPAM],
+    ids=lambda told: ', '.join(f'{key}={value}' for key, value in told.items()))
+def test_deterministic_gpu_run_repeats_and_resumes_to_the_bit(tiny, tmp_path, monkeypatch, told):
+    on_gpu = dict(device='cuda', compile=True, dtype='bfloat16', loss_chunk_tokens=512, n_embd=128,
+                  block_size=128, batch_size=8, eval_tokens=2560, deterministic=True)
+    try:
+        straight_and_split(tiny, tmp_path, {**on_gpu, **told}, stop=6, end=12,
+                           monkeypatch=monkeypatch)
+        assert_same_run(tmp_path / 'straight', tmp_path / 'split')
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -49,12 +49,6 @@ def test_checkpoint_comes_back_as_it_was(tmp_path):
     assert loaded['scalar'] == 3 and loaded['empty'].shape == (0, 2)
 
 
-def test_view_of_a_large_tensor_takes_its_own_room_only(tmp_path):
-    flat = torch.zeros(1_000_000)
-    save_checkpoint(str(tmp_path / 'last.pt'), {'format': FORMAT, 'weights': {'a': flat[:10]}})
-    assert (tmp_path / 'last.pt').stat().st_size < 10_000
-
-
 def damaged(path, content):
     """The problem of loading `content` as a checkpoint, without what is specific to the damage."""
     path.write_bytes(content)
@@ -71,7 +65,7 @@ def test_checkpoint_with_one_flipped_bit_is_refused(tmp_path):
     whole = path.read_bytes()
     middle = whole.index(content()['weights']['a'].numpy().tobytes()) + 1001
     flipped = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1:]
-    assert 'checksum does not match' in damaged(path, flipped)
+    assert 'does not match its checksum' in damaged(path, flipped)
 
 
 def test_files_that_are_no_checkpoint_are_refused(tmp_path):
@@ -82,17 +76,16 @@ def test_files_that_are_no_checkpoint_are_refused(tmp_path):
         damaged(path, other)
     torch.save([1, 2], path)
     damaged(path, path.read_bytes())
-    torch.save({'weights': {}}, path)  # without a checksum
-    damaged(path, path.read_bytes())
 
 
 def test_missing_checkpoint_and_one_of_another_format(tmp_path):
     path = str(tmp_path / 'last.pt')
     assert refusal(load_checkpoint, path) == [
         f'no checkpoint {path}; check the folder, or start with --init_from=scratch']
-    save_checkpoint(path, content(format='nanoprune 1'))
-    [problem] = refusal(load_checkpoint, path)
-    assert "'nanoprune 1'" in problem and repr(FORMAT) in problem and path in problem
+    for other in ('nanoprune 1', None):
+        save_checkpoint(path, content(format=other))
+        [problem] = refusal(load_checkpoint, path)
+        assert repr(other) in problem and repr(FORMAT) in problem and path in problem
 
 
 def test_checkpoint_that_would_run_code_is_refused(tmp_path):

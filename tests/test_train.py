@@ -1,30 +1,22 @@
-"""The training loop: evaluation, logging, order of the data, guards, memory ladder, compile, trackers."""
+"""train.py: what a run leaves behind, evaluation, order of the data, NaN, exit codes."""
 import json
+import math
 import re
 import shutil
+import subprocess
 import sys
 import time
-import types
 
 import numpy as np
 import pytest
 import torch
-from conftest import last, losses, refusal, train
+from conftest import HOME, TINY, last, losses, refusal
 from torch.nn import functional as F
 
-import optim
-import preflight as preflight_module
-import rundir
+import train
 from model import GPT
-from preflight import preflight
-from settings import Settings, check, parse
-from shards import open_data, window_order
-
-
-def built(argv):
-    """A Run, ready to train."""
-    s, problems = parse(Settings, argv)
-    return train.build(s, *preflight(s, problems + check(s)), saved=None)
+from support.rundir import load_checkpoint, read_metrics
+from support.shards import open_data, window_order
 
 
 def summary(folder):
@@ -35,68 +27,158 @@ def text_log(folder):
     return (folder / 'train.log').read_text()
 
 
-def step_to_losses(folder):
-    return {r['step']: r['val_loss'] for r in rundir.read_metrics(folder / 'metrics.jsonl') if 'val_loss' in r}
+def validation_losses(folder):
+    """{step: validation loss} of a run directory."""
+    records = read_metrics(folder / 'metrics.jsonl')
+    return {record['step']: record['val_loss'] for record in records if 'val_loss' in record}
 
 
-# --- what a run leaves behind ------------------------------------------------------------------------
+# --- what a run leaves behind ---------------------------------------------------------------------
+
+STEPS = 40
+LONGER = dict(max_iters=STEPS, lr_decay_iters=80, log_interval=5, eval_interval=10)
 
 
-def test_run_learns_and_leaves_the_documented_files(tiny, tmp_path):
-    folder = tmp_path / 'run'
-    assert train.main(tiny(max_iters=40, lr_decay_iters=80, log_interval=5, eval_interval=10)) == 0
-    assert {f.name for f in folder.iterdir()} == {
+@pytest.fixture(scope='module')
+def finished(tiny_data, tmp_path_factory):
+    """Folder of a finished run of 40 steps."""
+    folder = tmp_path_factory.mktemp('finished') / 'run'
+    told = {**TINY, **LONGER, 'data_dir': tiny_data, 'out_dir': folder}
+    assert train.main([f'--{key}={value}' for key, value in told.items()]) == 0
+    return folder
+
+
+def test_run_leaves_the_documented_files(finished):
+    assert {f.name for f in finished.iterdir()} == {
         'config.json', 'train.log', 'metrics.jsonl', 'last.pt', 'best.pt', 'summary.json'}
-    records = rundir.read_metrics(folder / 'metrics.jsonl')
-    trained, evaluated = ([r for r in records if key in r] for key in ('loss', 'val_loss'))
+
+
+def test_metrics_have_the_documented_keys_at_the_documented_steps(finished):
+    records = read_metrics(finished / 'metrics.jsonl')
+    trained = [record for record in records if 'loss' in record]
+    evaluated = [record for record in records if 'val_loss' in record]
     assert len(trained) + len(evaluated) == len(records)
-    for r in trained:
-        assert list(r) == 'step tokens loss grad_norm lr tokens_per_second mfu peak_memory_bytes sparsity spikes seconds'.split()
-        assert r['tokens'] == r['step'] * 4 * 32 and r['tokens_per_second'] > 0 and r['peak_memory_bytes'] > 2**20
-    for r in evaluated:
-        assert list(r) == 'step val_loss val_ppl sparsity'.split()
-        assert r['val_ppl'] == pytest.approx(np.exp(r['val_loss']))
-    assert [r['step'] for r in trained] == [1, 5, 10, 15, 20, 25, 30, 35, 40]
-    assert [r['step'] for r in evaluated] == [0, 10, 20, 30, 40]
-    told = summary(folder)
-    assert set('steps tokens val_loss val_ppl best_val_loss sparsity sparsity_all tokens_per_second mfu peak_memory_bytes '
-               'compiled_graphs graph_breaks rung effective_batch parameters dataset fingerprint seconds exit_reason'.split()) <= set(told)
-    assert (told['steps'], told['tokens'], told['effective_batch'], told['exit_reason']) == (40, 40 * 128, 4, 'finished')
-    assert told['val_loss'] == evaluated[-1]['val_loss'] < 3.2 < evaluated[0]['val_loss']
-    assert told['best_val_loss'] == min(r['val_loss'] for r in evaluated)
-    for name in ('last.pt', 'best.pt'):
-        saved = torch.load(folder / name, weights_only=True)
-        assert saved['settings']['max_iters'] == 40 and saved['data'] == dict(name='tiny', tokenizer='bytes', vocab_size=257)
-    assert sum(w.numel() for w in saved['weights'].values()) == told['parameters']
-    config = json.loads((folder / 'config.json').read_text())
-    assert config['settings']['n_layer'] == 2 and config['dtype'] == 'float32' and config['processes'] == 1
+    for record in trained:
+        assert list(record) == '''step tokens loss grad_norm lr tokens_per_second mfu
+            peak_memory_bytes sparsity spikes seconds'''.split()
+        assert record['tokens'] == record['step'] * 4 * 32
+        assert record['tokens_per_second'] > 0 and record['peak_memory_bytes'] > 2**20
+    for record in evaluated:
+        assert list(record) == 'step val_loss val_ppl sparsity'.split()
+        assert record['val_ppl'] == pytest.approx(math.exp(record['val_loss']))
+    assert [record['step'] for record in trained] == [1, 5, 10, 15, 20, 25, 30, 35, 40]
+    assert [record['step'] for record in evaluated] == [0, 10, 20, 30, 40]
 
 
-def test_log_lines_are_aligned_and_fit_100_columns(tiny, tmp_path, capsys):
-    train.main(tiny(max_iters=12))
-    lines = [line for line in text_log(tmp_path / 'run').splitlines() if re.match(r'step +\d+  loss', line)]
-    assert len(lines) == 7
-    columns = [[line.index(word) for word in ('loss', 'norm', 'lr', 'k tok/s', 'GiB', 'eta')] for line in lines]
-    assert all(c == columns[0] for c in columns)
-    run = built(tiny(max_iters=600_000, out_dir=tmp_path / 'long', learning_rate=6e-4, min_lr=6e-5))
-    run.machine, run.progress.step, run.mark = run.machine._replace(peak_flops=1e10), 1000, time.monotonic() - 200
+def test_learning_rate_warms_up_and_follows_the_cosine(finished):
+    for record in read_metrics(finished / 'metrics.jsonl'):
+        if 'lr' not in record:
+            continue
+        t = record['step'] - 1  # updates done before this one
+        share = (t - 2) / (80 - 2)
+        expected = 1e-3 + (1e-2 - 1e-3) * (1 + math.cos(math.pi * share)) / 2
+        if t < 2:
+            expected = 1e-2 * (t + 1) / (2 + 1)
+        assert record['lr'] == pytest.approx(expected), t
+
+
+def test_run_learns_and_its_summary_says_how_well(finished):
+    told = summary(finished)
+    assert set(told) == set('''steps tokens val_loss val_ppl best_val_loss sparsity sparsity_all
+        sparsity_by_layer tokens_per_second mfu peak_memory_bytes peak_reserved_bytes
+        compiled_graphs graph_breaks rung rung_label effective_batch parameters dataset fingerprint
+        seconds exit_reason'''.split())
+    assert (told['steps'], told['tokens'], told['effective_batch']) == (STEPS, STEPS * 128, 4)
+    assert (told['exit_reason'], told['dataset'], told['rung']) == ('finished', 'tiny', 0)
+    by_step = validation_losses(finished)
+    assert told['val_loss'] == by_step[STEPS] < 3.2 < by_step[0]
+    assert told['best_val_loss'] == min(by_step.values())
+    assert abs(by_step[0] - math.log(257)) < 0.5  # an untrained model knows nothing
+
+
+@pytest.mark.parametrize('name', ['last.pt', 'best.pt'])
+def test_checkpoints_say_where_they_are_from(finished, name):
+    saved = torch.load(finished / name, weights_only=True)
+    assert saved['format'] == 'nanoprune 2'
+    assert saved['settings']['max_iters'] == STEPS
+    assert saved['model']['n_embd'] == 32 and saved['model']['vocab_size'] == 257
+    assert saved['data'] == dict(name='tiny', tokenizer='bytes', vocab_size=257)
+    assert saved['fingerprint'] == summary(finished)['fingerprint']
+    assert saved['val_loss'] == validation_losses(finished)[saved['step']]
+    parameters = sum(w.numel() for w in saved['weights'].values())
+    assert parameters == summary(finished)['parameters']
+    assert ('optimizer' in saved) == ('progress' in saved) == (name == 'last.pt')
+
+
+def test_log_lines_are_aligned_and_fit_100_columns(finished, tiny, tmp_path, capsys):
+    pattern = re.compile(r'step +\d+  loss')
+    lines = [line for line in text_log(finished).splitlines() if pattern.match(line)]
+    assert len(lines) == 9
+    words = ('loss', 'norm', 'lr', 'k tok/s', 'GiB', 'eta')
+    assert len({tuple(line.index(word) for word in words) for line in lines}) == 1
+    long = dict(max_iters=600_000, learning_rate=6e-4, min_lr=6e-5, out_dir=tmp_path / 'long')
+    run = train.prepare_run(tiny(**long))
+    run.machine = run.machine._replace(peak_flops=1e10)
+    run.progress.step = 1000
+    run.mark = time.monotonic() - 200
     capsys.readouterr()
     train.log_step(run, torch.tensor(10.9876), torch.tensor(1.234))
+    run.log.close()
     line = capsys.readouterr().out.rstrip('\n')
     assert 'mfu' in line and 'eta 33:16:' in line and len(line) < 100, line
 
 
+def test_utilisation_is_of_the_peak_of_all_processes(tiny):
+    run = train.prepare_run(tiny())
+    run.machine = run.machine._replace(peak_flops=1e10, world=2)
+    for step in (10, 20):
+        run.progress.step = step
+        run.mark = time.monotonic() - 5.0  # 10 steps of 128 tokens
+        train.log_step(run, torch.tensor(3.0), torch.tensor(1.0))
+        assert run.speed['tokens_per_second'] == pytest.approx(256, rel=0.01)
+        expected = 256 * run.model.flops_per_token() / 2e10
+        assert run.speed['mfu'] == pytest.approx(expected, rel=0.01)
+    run.log.close()
+
+
+def test_speed_does_not_count_evaluation(tiny, tmp_path, monkeypatch):
+    def slow(run):
+        time.sleep(0.5)
+        return torch.tensor(1.0)
+
+    monkeypatch.setattr(train, 'evaluate', slow)
+    train.main(tiny(max_iters=3, eval_interval=1))
+    for record in read_metrics(tmp_path / 'run' / 'metrics.jsonl'):
+        if 'loss' in record:  # a step of 128 tokens took less than an evaluation
+            assert record['tokens_per_second'] > 128 / 0.5
+
+
 def test_best_weights_are_kept_even_if_later_ones_are_worse(tiny, tmp_path, monkeypatch):
     evaluate = train.evaluate
-    monkeypatch.setattr(train, 'evaluate', lambda run: evaluate(run) + run.progress.step // 6)  # worse by a nat from step 6 on
-    train.main(tiny(max_iters=8, eval_interval=2))
-    by_step = step_to_losses(tmp_path / 'run')
-    best = rundir.load_checkpoint(tmp_path / 'run' / 'best.pt')
-    assert (best['step'], best['val_loss']) == (4, by_step[4]) and summary(tmp_path / 'run')['best_val_loss'] == by_step[4]
-    assert summary(tmp_path / 'run')['val_loss'] == by_step[8] > by_step[4]
+    monkeypatch.setattr(train, 'evaluate', lambda run: evaluate(run) + run.progress.step // 6)
+    train.main(tiny(max_iters=8, eval_interval=2))  # worse by a nat from step 6 on
+    by_step = validation_losses(tmp_path / 'run')
+    best = load_checkpoint(tmp_path / 'run' / 'best.pt')
+    told = summary(tmp_path / 'run')
+    assert (best['step'], best['val_loss']) == (4, by_step[4])
+    assert told['best_val_loss'] == by_step[4] < told['val_loss'] == by_step[8]
 
 
-# --- evaluation --------------------------------------------------------------------------------------
+def test_untrained_weights_are_never_the_best(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, 'evaluate', lambda run: torch.tensor(1.0 + run.progress.step))
+    train.main(tiny(max_iters=4))
+    assert not (tmp_path / 'run' / 'best.pt').exists()
+    assert summary(tmp_path / 'run')['best_val_loss'] == 1.0
+
+
+def test_batch_of_one_is_used_as_given(tiny, tmp_path):
+    assert train.main(tiny(batch_size=1, gradient_accumulation_steps=3, max_iters=3)) == 0
+    assert last(tmp_path / 'run')['settings']['batch_size'] == 1
+    log = text_log(tmp_path / 'run')
+    assert '  effective batch    1 sequences x 3 micro-batches = 3 sequences\n' in log
+
+
+# --- evaluation -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('eval_tokens', [32 * 10, 32 * 17 + 5, 0])
@@ -104,14 +186,25 @@ def test_evaluation_is_the_mean_over_the_first_windows(tiny, tmp_path, tiny_data
     stream = open_data(str(tiny_data), 'tiny').val
     tokens = torch.from_numpy(stream.read([0], stream.tokens)[0])
     windows = eval_tokens // 32 or (stream.tokens - 1) // 32
+    targets = tokens[1:windows * 32 + 1]
     for batch_size in (1, 3, 7):
-        run = built(tiny(eval_tokens=eval_tokens, batch_size=batch_size, dropout=0.3, out_dir=tmp_path / f'{batch_size}'))
+        run = train.prepare_run(tiny(eval_tokens=eval_tokens, batch_size=batch_size, dropout=0.3,
+                                     out_dir=tmp_path / f'{batch_size}'))
+        run.log.close()
         with torch.no_grad():
             logits = run.model.eval()(tokens[:windows * 32].view(-1, 32))
-        expected = F.cross_entropy(logits.double().flatten(0, 1), tokens[1:windows * 32 + 1])
-        first, again = train.evaluate(run).item(), train.evaluate(run).item()
-        assert first == again
-        assert abs(first - expected.item()) < 1e-6
+        expected = F.cross_entropy(logits.double().flatten(0, 1), targets).item()
+        first = train.evaluate(run).item()
+        assert first == train.evaluate(run).item()  # no dropout
+        assert abs(first - expected) < 1e-6
+
+
+def test_very_last_token_can_be_scored(tiny, tiny_data, tmp_path):
+    tokens = open_data(str(tiny_data), 'tiny').val.tokens
+    block = next(b for b in range(32, tokens) if (tokens - 1) % b == 0)
+    told = dict(block_size=block, eval_tokens=tokens - 1, batch_size=1, max_iters=3)
+    assert train.main(tiny(**told)) == 0
+    assert math.isfinite(summary(tmp_path / 'run')['val_loss'])
 
 
 def test_evaluation_does_not_disturb_training(tiny, tmp_path):
@@ -121,85 +214,124 @@ def test_evaluation_does_not_disturb_training(tiny, tmp_path):
     assert all(torch.equal(often[name], rarely[name]) for name in rarely)
 
 
-# --- order of the data -------------------------------------------------------------------------------
+# --- the update -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('split', [dict(batch_size=6, gradient_accumulation_steps=1), dict(batch_size=1, gradient_accumulation_steps=6)])
-def test_an_epoch_holds_every_window_once_however_the_batch_is_divided(tiny, tiny_data, monkeypatch, split):
-    data = open_data(str(tiny_data), 'tiny')
+@pytest.mark.parametrize('grad_clip', [0.5, 0.0])  # the norms are around 1
+def test_training_is_that_of_a_plain_loop(tiny, tiny_data, tmp_path, grad_clip):
+    """The same model under torch's AdamW and clip_grad_norm_, a whole batch at once."""
+    told = dict(grad_clip=grad_clip, log_interval=1, beta1=0.8, beta2=0.9, weight_decay=0.3)
+    run = train.prepare_run(tiny(**told, out_dir=tmp_path / 'initial'))
+    run.log.close()
+    model = GPT(run.model.config)
+    model.load_state_dict(run.model.state_dict())
+    assert train.main(tiny(**told)) == 0
+
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    optimizer = torch.optim.AdamW([dict(params=matrices, weight_decay=0.3),
+                                   dict(params=vectors, weight_decay=0.0)], betas=(0.8, 0.9))
+    stream = open_data(str(tiny_data), 'tiny').train
+    by_step = losses(tmp_path / 'run')
+    for step in range(8):
+        rate = 1e-3 + 9e-3 * (1 + math.cos(math.pi * (step - 2) / (8 - 2))) / 2
+        if step < 2:
+            rate = 1e-2 * (step + 1) / 3
+        windows = window_order(range(4 * step, 4 * step + 4), stream.windows(32), 1337)
+        tokens = torch.from_numpy(stream.read(windows * 32, 33))
+        logits = model(tokens[:, :-1])
+        loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+        for group in optimizer.param_groups:
+            group['lr'] = rate
+        optimizer.step()
+        assert abs(loss.item() - by_step[step + 1]) < 2e-4, step
+    weights = last(tmp_path / 'run')['weights']
+    errors = [(p.detach() - weights[name]).abs().flatten() for name, p in model.named_parameters()]
+    assert torch.cat(errors).mean() < 1e-5
+
+
+# --- order of the data ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('batch_size, micro_batches', [(6, 1), (1, 6), (2, 3)])
+def test_an_epoch_holds_every_window_once_however_the_batch_is_divided(
+        tiny, tiny_data, monkeypatch, batch_size, micro_batches):
+    stream = open_data(str(tiny_data), 'tiny').train
     block = 1500
-    windows, seen = data.train.windows(block), []
-    fetch = train.inputs_and_targets
+    windows = stream.windows(block)
+    tokens = torch.from_numpy(stream.read([0], stream.tokens)[0])
+    seen = []
 
-    def fetch_and_note(device, stream, chosen, T):
-        idx, targets = fetch(device, stream, chosen, T)
-        if stream.split == 'train':
-            seen.extend(chosen)
-            assert torch.equal(idx[0], torch.from_numpy(stream.read([chosen[0] * T], T)[0])) and torch.equal(idx[:, 1:], targets[:, :-1])
-        return idx, targets
+    def note(self, idx, targets=None):
+        if self.training:
+            for row, successors in zip(idx, targets):
+                number = next(w for w in range(windows)
+                              if torch.equal(tokens[w * block:(w + 1) * block], row))
+                seen.append(number)
+                assert torch.equal(tokens[number * block + 1:(number + 1) * block + 1], successors)
+        return self.token_embedding.weight.sum() * 0
 
-    monkeypatch.setattr(train, 'inputs_and_targets', fetch_and_note)
-    monkeypatch.setattr(GPT, 'hidden', lambda self, idx: self.token_embedding(idx))  # what it learns does not matter here
+    monkeypatch.setattr(GPT, 'forward', note)  # what it learns does not matter here
     steps = -(-2 * windows // 6)
-    train.main(tiny(**split, block_size=block, eval_tokens=block, max_iters=steps, eval_interval=steps, loss_chunk_tokens=9000))
+    train.main(tiny(batch_size=batch_size, gradient_accumulation_steps=micro_batches,
+                    block_size=block, eval_tokens=block, max_iters=steps, eval_interval=steps))
     assert len(seen) == steps * 6
     first, second = seen[:windows], seen[windows:2 * windows]
     assert sorted(first) == sorted(second) == list(range(windows)) and first != second
     assert seen == window_order(range(steps * 6), windows, 1337).tolist()
 
 
-# --- guards ------------------------------------------------------------------------------------------
+# --- NaN ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('poison', ['gradient', 'loss'])
-def test_nan_stops_before_the_update_wherever_it_falls_between_log_steps(tiny, tmp_path, monkeypatch, poison):
-    gradients, runs, before = train.local_gradients, [], {}
+@pytest.mark.parametrize('poison, log_interval, save_interval, eval_interval', [
+    ('gradient', 2, 6, 30), ('loss', 2, 6, 30), ('loss', 10, 3, 30), ('gradient', 30, 6, 8)])
+def test_nan_stops_the_run_and_nothing_after_it_is_logged_or_saved(
+        tiny, tmp_path, monkeypatch, poison, log_interval, save_interval, eval_interval):
+    """At the next log step, save or evaluation after it, whichever comes first."""
+    told = dict(log_interval=log_interval, save_interval=save_interval,
+                eval_interval=eval_interval, lr_decay_iters=30)
+    assert train.main(tiny(**told, max_iters=6, out_dir=tmp_path / 'good')) == 0
+    gradients = train.local_gradients
+    runs = []
 
     def poisoned(run):
         loss = gradients(run)
-        if run.progress.step == 6:  # the seventh update
-            runs.append(run)
-            before.update({k: v.clone() for k, v in train.named_state(run.flats, run.optimizer)['weights'].items()})
-            if poison == 'loss':
-                return loss * torch.nan
-            run.flats[1].parameter.main_grad[3] = torch.inf
+        if run.progress.step != 6:  # the seventh update is the bad one
+            return loss
+        runs.append(run)
+        if poison == 'loss':
+            return loss * torch.nan
+        run.flats[0].grads[3] = torch.inf
         return loss
 
     monkeypatch.setattr(train, 'local_gradients', poisoned)
-    assert train.main(tiny(max_iters=30, log_interval=10, save_interval=3, eval_interval=30)) == 3
-    after = train.named_state(runs[0].flats, runs[0].optimizer)['weights']
+    assert train.main(tiny(**told, max_iters=30)) == 3
     kept = last(tmp_path / 'run')
     assert kept['progress']['step'] == 6
-    for name in before:
-        assert torch.equal(after[name], before[name]) and torch.equal(kept['weights'][name], before[name]), name
+    good = last(tmp_path / 'good')['weights']
+    assert all(torch.equal(kept['weights'][name], good[name]) for name in good)
+    for flat in runs[0].flats:  # no NaN has reached weights or moments
+        assert flat.masters.isfinite().all()
+        for p in flat.parameters.values():
+            assert all(value.isfinite().all() for value in runs[0].optimizer.state[p].values()
+                       if torch.is_tensor(value))
     assert text_log(tmp_path / 'run').splitlines()[-1] == (
-        'step 7: the loss or its gradient is not finite; the run stopped before that update. Likely a learning rate too high or a bad '
-        'batch; the last checkpoint is from before it')
-    assert (summary(tmp_path / 'run')['exit_reason'], summary(tmp_path / 'run')['steps']) == ('nan', 6)
-    assert all(np.isfinite(loss) for loss in losses(tmp_path / 'run').values())
+        'step 7: the loss or its gradient is not finite; the run stopped before that update. '
+        'Likely a learning rate too high or a bad batch; the last checkpoint is from before it')
+    told = summary(tmp_path / 'run')
+    assert (told['exit_reason'], told['steps']) == ('nan', 6)
+    assert list(losses(tmp_path / 'run')) == ([1, 2, 4, 6] if log_interval == 2 else [1])
+    assert list(validation_losses(tmp_path / 'run')) == [0]
 
 
-def test_divergence_stops_and_keeps_the_last_good_checkpoint(tiny, tmp_path):
-    told = dict(learning_rate=10.0, min_lr=0.0, warmup_iters=40, max_iters=100, log_interval=1, save_interval=1, eval_interval=100)
-    assert train.main(tiny(**told, diverge_steps=8)) == 3
-    end, by_step = summary(tmp_path / 'run')['steps'], losses(tmp_path / 'run')
-    good, best = last(tmp_path / 'run')['progress']['step'], min(by_step.values())
-    assert good == end - 9 and by_step[good] <= best + 1 < 5
-    assert all(by_step[step] > best + 1 for step in range(good + 1, end + 1))
-    assert summary(tmp_path / 'run')['exit_reason'] == 'diverged'
-    assert text_log(tmp_path / 'run').splitlines()[-1] == (
-        f'step {end}: diverged, loss {by_step[end]:.3f} has been more than 1.0 nat above its best {best:.3f} since step {good + 1}. '
-        'Likely cause: learning_rate=10 is too high or warmup_iters=40 too short for this model. The last good checkpoint stays')
+# --- ends -----------------------------------------------------------------------------------------
 
 
-def test_spike_that_passes_does_not_stop(tiny, tmp_path, monkeypatch):
-    gradients = train.local_gradients
-    monkeypatch.setattr(train, 'local_gradients', lambda run: gradients(run) + (3 if run.progress.step in (4, 5, 6) else 0))
-    assert train.main(tiny(max_iters=12, log_interval=1, save_interval=1, diverge_steps=3)) == 0
-    assert last(tmp_path / 'run')['progress']['step'] == 12 and 'WARNING: loss' in text_log(tmp_path / 'run')
-
-
-def test_token_outside_the_vocabulary_during_training_names_the_file(tiny, tiny_data, tmp_path, monkeypatch):
+def test_damage_during_training_names_the_file(tiny, tiny_data, tmp_path, monkeypatch):
     folder = shutil.copytree(tiny_data, tmp_path / 'data')
     save = train.save
 
@@ -211,188 +343,39 @@ def test_token_outside_the_vocabulary_during_training_names_the_file(tiny, tiny_
             tokens.flush()
 
     monkeypatch.setattr(train, 'save', save_and_damage_the_data)
-    problem, = refusal(train.main, tiny(data_dir=folder))
-    assert re.fullmatch(re.escape(f'{folder}/train_') + r'00000\d\.bin: token 999 at position \d+ is outside the vocabulary of 257; '
-                        'the file is damaged or was made with another tokenizer', problem)
-    assert last(tmp_path / 'run')['progress']['step'] == 4 and summary(tmp_path / 'run')['steps'] == 4
+    [problem] = refusal(train.main, tiny(data_dir=folder))
+    assert re.fullmatch(
+        re.escape(f'{folder}/train_') + r'00000\d\.bin: token 999 at position \d+ is outside the '
+        'vocabulary of 257; the file is damaged or was made with another tokenizer', problem)
+    assert last(tmp_path / 'run')['progress']['step'] == 4
+    told = summary(tmp_path / 'run')
+    assert (told['steps'], told['exit_reason']) == (4, 'refused')
+    assert text_log(tmp_path / 'run').endswith(f'stopped: {problem}\n')
 
 
-# --- out of memory -----------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def memory_for(monkeypatch):
-    """A function: from now on the model runs out of memory with micro-batches above this many sequences."""
-    forward = GPT.forward
-
-    def limit(sequences, error=torch.OutOfMemoryError):
-        def limited(self, idx, targets=None):
-            if idx.size(0) > sequences:
-                raise error('CUDA out of memory. Tried to allocate 2.00 GiB.')
-            return forward(self, idx, targets)
-        monkeypatch.setattr(GPT, 'forward', limited)
-    return limit
-
-
-@pytest.mark.parametrize('error', [torch.OutOfMemoryError, RuntimeError])  # inside the compiler it arrives as the latter
-def test_ladder_keeps_the_effective_batch_and_the_result(tiny, tmp_path, memory_for, error):
-    train.main(tiny(batch_size=2, gradient_accumulation_steps=4, loss_chunk_tokens=12, out_dir=tmp_path / 'configured'))
-    memory_for(2, error)
-    assert train.main(tiny(batch_size=8, gradient_accumulation_steps=1)) == 0
-    result = summary(tmp_path / 'run')
-    assert (result['rung'], result['rung_label'], result['effective_batch']) == (3, 'micro-batches of 2, 4 of them', 8)
-    assert losses(tmp_path / 'run') == losses(tmp_path / 'configured')
-    weights, expected = (last(tmp_path / name)['weights'] for name in ('run', 'configured'))
-    assert all(torch.equal(weights[name], expected[name]) for name in expected)
-    log = text_log(tmp_path / 'run')
-    assert ('OUT OF MEMORY at step 1 (CUDA out of memory. Tried to allocate 2.00 GiB.) Rung 3 of 4: micro-batches of 2, 4 of them; '
-            'the effective batch stays 8\n') in log and log.count('OUT OF MEMORY') == 3
-
-
-def assert_one_rung_changes_no_loss(tiny, tmp_path, monkeypatch, fails_once):
-    """fails_once: a GPT.forward whose memory runs out at step 4."""
-    train.main(tiny(batch_size=2, eps=1e-3, out_dir=tmp_path / 'straight'))
-    monkeypatch.setattr(GPT, 'forward', fails_once)
-    assert train.main(tiny(batch_size=2, eps=1e-3)) == 0
-    assert summary(tmp_path / 'run')['rung'] == 1 and 'OUT OF MEMORY at step 4 ' in text_log(tmp_path / 'run')
-    straight, run = losses(tmp_path / 'straight'), losses(tmp_path / 'run')
-    assert all(abs(straight[step] - run[step]) < 1e-5 for step in straight)
-
-
-def test_memory_that_runs_out_in_the_middle_of_a_step_loses_nothing(tiny, tmp_path, monkeypatch):
-    forward, calls = GPT.forward, []
-
-    def fails_once(self, idx, targets=None):
-        calls.append(self.training)
-        if calls.count(True) == 8:  # the second micro-batch of the fourth update
-            raise torch.OutOfMemoryError('out of memory')
-        return forward(self, idx, targets)
-
-    assert_one_rung_changes_no_loss(tiny, tmp_path, monkeypatch, fails_once)
-
-
-def test_memory_that_runs_out_in_the_middle_of_a_backward_leaves_no_gradients_behind(tiny, tmp_path, monkeypatch):
-    forward, calls = GPT.forward, []
-
-    def runs_out(grad):
-        raise torch.OutOfMemoryError('out of memory')
-
-    def fails_once(self, idx, targets=None):
-        calls.append(self.training)
-        loss = forward(self, idx, targets)
-        if self.training and calls.count(True) == 8:  # the later blocks have their gradients when the first one's arrives
-            self.blocks[0].mlp.fc.weight.register_hook(lambda grad: runs_out(grad) if calls.count(True) == 8 else grad)
-        return loss
-
-    assert_one_rung_changes_no_loss(tiny, tmp_path, monkeypatch, fails_once)
-
-
-def test_ladder_may_be_forbidden_and_may_end(tiny, tmp_path, memory_for):
-    memory_for(0)
-    assert train.main(tiny(oom='fail', out_dir=tmp_path / 'forbidden')) == 1
-    assert train.main(tiny(batch_size=4, out_dir=tmp_path / 'ended')) == 1
-    for name, oom, rung in (('forbidden', 'fail', 0), ('ended', 'fallback', 3)):
-        assert text_log(tmp_path / name).endswith(
-            f"step 1: CUDA out of memory. Tried to allocate 2.00 GiB. No further rung is allowed or left (oom='{oom}')\n")
-        assert (summary(tmp_path / name)['exit_reason'], summary(tmp_path / name)['rung']) == ('out of memory', rung)
-
-
-def test_other_errors_are_not_taken_for_lack_of_memory(tiny, monkeypatch):
+def test_error_leaves_a_summary_and_its_traceback(tiny, tmp_path, monkeypatch):
     def broken(self, idx, targets=None):
-        raise RuntimeError('shapes do not match')
+        raise ValueError('broken')
+
     monkeypatch.setattr(GPT, 'forward', broken)
-    with pytest.raises(RuntimeError, match='shapes do not match'):
+    with pytest.raises(ValueError, match='broken'):
         train.main(tiny())
+    told = summary(tmp_path / 'run')
+    assert (told['exit_reason'], told['steps'], told['val_loss']) == ('error', 0, None)
 
 
-def test_resume_starts_on_the_rung_of_the_checkpoint_unless_the_batch_is_divided_anew(tiny, tmp_path, memory_for):
-    told = dict(lr_decay_iters=8, init_from='auto')
-    memory_for(2)
-    train.main(tiny(**told, max_iters=3, batch_size=4))
-    assert last(tmp_path / 'run')['progress']['rung'] == 2
-    train.main(tiny(**told, max_iters=5, batch_size=4))
-    assert summary(tmp_path / 'run')['rung'] == 2
-    assert text_log(tmp_path / 'run').count('OUT OF MEMORY') == 2  # both in the first session
-    assert train.main(tiny(**told, max_iters=8, batch_size=1, gradient_accumulation_steps=8)) == 0
-    assert summary(tmp_path / 'run')['rung'] == 0 and text_log(tmp_path / 'run').count('OUT OF MEMORY') == 2
+def test_refusal_is_exit_code_2_and_no_traceback(tiny, tmp_path):
+    command = [sys.executable, HOME / 'train.py', *tiny(n_head=5), '--sede=3']
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == ''
+    assert done.stderr == (
+        'refused:\n'
+        "  - command line: unknown setting 'sede' (value '3'); did you mean 'seed'?\n"
+        '  - n_embd=32 n_head=5: the width must be a multiple of the heads, e.g. n_embd=30\n')
 
 
-# --- compile -----------------------------------------------------------------------------------------
-
-
-def test_compile_that_compiles_nothing_is_refused(tiny, tmp_path, monkeypatch):
-    message = 'compile=True, but nothing was compiled; unset TORCHDYNAMO_DISABLE and TORCH_COMPILE_DISABLE, or use --compile=False'
-    with torch._dynamo.config.patch(disable=True):  # what TORCH_COMPILE_DISABLE=1 does at import
-        assert refusal(train.main, tiny(compile=True, out_dir=tmp_path / 'a')) == [message]
-    monkeypatch.setenv('TORCHDYNAMO_DISABLE', '1')
-    assert refusal(train.main, tiny(compile=True, out_dir=tmp_path / 'b')) == [message]
-
-
-def test_compiled_run_has_all_its_graphs_after_the_first_step_and_no_breaks(tiny, tmp_path):
-    told = dict(n_layer=1, max_iters=6, eval_interval=3, log_interval=1, eval_tokens=32 * 7)  # the last batch is not full
-    train.main(tiny(**told, out_dir=tmp_path / 'plain'))
-    try:
-        assert train.main(tiny(**told, compile=True)) == 0
-    finally:
-        torch._dynamo.reset()
-    result, lines = summary(tmp_path / 'run'), text_log(tmp_path / 'run').splitlines()
-    assert result['compiled_graphs'] > 0 and result['graph_breaks'] == 0
-    said = [i for i, line in enumerate(lines) if line.startswith('compiled graphs')]
-    assert len(said) == 1 and lines[said[0]] == f"compiled graphs {result['compiled_graphs']}, graph breaks 0"
-    assert lines[said[0] - 1].startswith('step      1  loss')
-    plain, compiled = losses(tmp_path / 'plain'), losses(tmp_path / 'run')
-    assert all(abs(plain[step] - compiled[step]) < 1e-3 for step in plain)
-
-
-# --- trackers ----------------------------------------------------------------------------------------
-
-
-def test_missing_tracker_does_not_stop_the_run(tiny, tmp_path, monkeypatch):
+def test_tracker_gets_what_is_measured(tiny, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'wandb', None)
-    assert train.main(tiny(tracker='wandb')) == 0
-    assert 'WARNING: tracker=wandb is not available (ModuleNotFoundError: ' in text_log(tmp_path / 'run')
-    assert 8 in losses(tmp_path / 'run')
-
-
-@pytest.mark.parametrize('name', ['wandb', 'trackio'])
-def test_tracker_gets_what_is_measured_until_it_fails_and_the_run_goes_on(tiny, tmp_path, monkeypatch, name):
-    got = []
-
-    def log(numbers, step=None):
-        if len(got) == 3:
-            raise ConnectionError('no network')
-        got.append(numbers)
-
-    package = types.ModuleType(name)
-    package.init, package.log = lambda project, name, config: got.append((name, config['batch_size'])), log
-    monkeypatch.setitem(sys.modules, name, package)
-    assert train.main(tiny(tracker=name)) == 0
-    by_step = step_to_losses(tmp_path / 'run')
-    assert got[0] == ('run', 2) and got[1]['val_loss'] == by_step[0] and got[2]['loss'] == losses(tmp_path / 'run')[1]
-    assert text_log(tmp_path / 'run').count('WARNING: the tracker failed (ConnectionError: no network); metrics.jsonl has it all') == 1
-    assert summary(tmp_path / 'run')['exit_reason'] == 'finished' and 8 in losses(tmp_path / 'run')
-
-
-def test_the_rung_without_compile_compiles_nothing(tiny):
-    run = built(tiny(compile=True))
-    assert run.optimizer.update is not optim.adamw_update
-    train.step_down(run, 'no room.')
-    train.step_down(run, 'no room.')
-    assert run.progress.rung == 2 and not run.active.compile
-    assert run.optimizer.update is optim.adamw_update and 'hidden' not in vars(run.model)
-    train.step_down(run, 'no room.')
-    assert run.active.compile and run.optimizer.update is not optim.adamw_update and 'hidden' in vars(run.model)
-
-
-def test_unfused_attention_on_a_gpu_is_refused_unless_allowed(tiny, monkeypatch):
-    run = built(tiny())
-    monkeypatch.setattr(preflight_module, 'attention_backend', lambda *shape: 'math')
-    monkeypatch.setattr(preflight_module, 'notes', lambda *told: ())  # asks a real GPU for its memory
-    gpu = run.machine._replace(device=torch.device('cuda:0'), name='NVIDIA A100')
-    problems = refusal(preflight_module.table, run.settings, gpu, run.data, run.model, 0)
-    assert problems == ['attention would run unfused (math) on NVIDIA A100: O(block_size^2) memory and slow; use --dtype=bfloat16 and a '
-                        'head width that fused kernels support, or permit it with --allow_math_attention=True']
-    run.settings.allow_math_attention = True
-    assert 'math (unfused, as allowed)' in preflight_module.table(run.settings, gpu, run.data, run.model, 0)
-    run.settings.allow_math_attention = False
-    assert 'math' in preflight_module.table(run.settings, run.machine, run.data, run.model, 0)  # on a CPU nothing else may exist
+    assert train.main(tiny(tracker='wandb', max_iters=4)) == 0
+    assert 'WARNING: tracker=wandb is not available' in text_log(tmp_path / 'run')
+    assert 4 in losses(tmp_path / 'run')

@@ -1,0 +1,273 @@
+"""support/preflight.py: what is impossible is said at once, before the first step; the table."""
+import json
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import refusal
+
+import train
+from support import preflight
+from support.machine import Machine
+from support.shards import open_data
+
+CPU = Machine(torch.device('cpu'), torch.float32, 0, 1, 'CPU', None)
+H100 = Machine(torch.device('cuda:0'), torch.bfloat16, 0, 1, 'NVIDIA H100', 989e12)
+
+
+# --- refused: the machine -------------------------------------------------------------------------
+
+
+def test_micro_batches_that_do_not_divide_among_the_processes(tiny, monkeypatch):
+    monkeypatch.setenv('WORLD_SIZE', '4')
+    assert refusal(train.main, tiny(gradient_accumulation_steps=6)) == [
+        'gradient_accumulation_steps=6: counts the micro-batches of all ranks, so it must be a '
+        'multiple of the 4 processes']
+
+
+def test_float8_needs_a_gpu(tiny):
+    [problem] = refusal(train.main, tiny(fp8=True, loss_chunk_tokens=64))
+    assert problem.startswith('fp8=True: needs an NVIDIA GPU') and 'CPU' in problem
+
+
+# --- refused: the data ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def copy(tiny_data, tmp_path):
+    """A copy of the tiny data that a test may damage."""
+    return shutil.copytree(tiny_data, tmp_path / 'data')
+
+
+def test_block_longer_than_the_data(tiny, tiny_data):
+    data = open_data(str(tiny_data), 'tiny')
+    assert refusal(train.main, tiny(block_size=100_000, eval_tokens=0)) == [
+        f'block_size=100000: the {split} split of tiny has {stream.tokens} tokens, too few for '
+        'one sequence of 100000 + 1'
+        for split, stream in (('train', data.train), ('val', data.val))]
+
+
+def test_last_validation_token_has_nothing_to_predict(tiny, tiny_data):
+    tokens = open_data(str(tiny_data), 'tiny').val.tokens
+    assert refusal(train.main, tiny(eval_tokens=tokens)) == [
+        f'eval_tokens={tokens}: the validation split has {tokens} tokens, the last of which has '
+        'nothing to predict; 0 scores all the others']
+    train.read_settings(tiny(eval_tokens=tokens - 1))  # is not refused
+
+
+def test_missing_data_names_the_command_that_makes_it(tiny, tmp_path):
+    [problem] = refusal(train.main, tiny(data_dir=tmp_path / 'none'))
+    assert problem.startswith(f"dataset='tiny': folder {tmp_path}/none does not exist; prepare it "
+                              'with: python prepare.py ')
+    assert f'--name=tiny --data_dir={tmp_path}/none' in problem
+
+
+def test_damaged_data_is_found_before_training(tiny, copy, tmp_path):
+    shard = copy / 'val_000000.bin'
+    tokens = np.fromfile(shard, '<u2')
+    tokens[512 + 100] = 300  # 512 words of header
+    tokens.tofile(shard)
+    assert refusal(train.main, tiny(data_dir=copy)) == [
+        f'{shard}: token 300 at position 100 is outside the vocabulary of 257; the file is '
+        'damaged or was made with another tokenizer']
+    shard.write_bytes(shard.read_bytes()[:-10])
+    [problem] = refusal(train.main, tiny(data_dir=copy))
+    size = shard.stat().st_size
+    assert problem.startswith(f'{shard}: ') and f'found {size}' in problem
+    assert not (tmp_path / 'run').exists()
+
+
+# --- refused: the run directory -------------------------------------------------------------------
+
+
+def test_out_dir_that_is_a_file_or_lies_in_one(tiny, tmp_path):
+    (tmp_path / 'file').write_text('')
+    for out_dir in (tmp_path / 'file', tmp_path / 'file' / 'run'):
+        assert refusal(train.main, tiny(out_dir=out_dir)) == [
+            f"out_dir='{out_dir}': {tmp_path}/file is a file; choose another --out_dir"]
+
+
+@pytest.mark.parametrize('name', ['last.pt', 'best.pt', 'summary.json'])
+def test_out_dir_that_holds_another_run(tiny, tmp_path, name):
+    (tmp_path / 'run').mkdir()
+    (tmp_path / 'run' / name).write_text('{}')
+    assert refusal(train.main, tiny()) == [
+        f"out_dir='{tmp_path}/run' holds another run; continue it with --init_from=resume or "
+        'choose another --out_dir']
+    assert [f.name for f in (tmp_path / 'run').iterdir()] == [name]
+
+
+def test_resume_with_nothing_there(tiny, tmp_path):
+    assert refusal(train.main, tiny(init_from='resume')) == [
+        f"init_from='resume': there is no last.pt in {tmp_path}/run; check out_dir or use "
+        '--init_from=scratch']
+
+
+def test_disk_without_room_for_the_checkpoints(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, 'disk_usage', lambda path: SimpleNamespace(free=2**19))
+    assert refusal(train.main, tiny()) == [
+        f"out_dir='{tmp_path}/run': the checkpoints need 1.2 MiB, the disk has 0.5 MiB left; free "
+        'some or choose another --out_dir']
+    assert not (tmp_path / 'run').exists()
+
+
+def test_out_dir_that_may_not_be_written(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(preflight.os, 'access', lambda path, mode: False)
+    assert refusal(train.main, tiny()) == [
+        f"out_dir='{tmp_path}/run': {tmp_path} is not writable; choose another --out_dir"]
+
+
+# --- refused: what building finds -----------------------------------------------------------------
+
+PRUNED = dict(prune_score='bitter7', prune_start=2, prune_end=9, max_iters=12)
+
+
+@pytest.mark.parametrize('changes, culprit', [
+    (dict(PRUNED, target_sparsity=1.0), 'target_sparsity=1.0'),
+    (dict(PRUNED, target_sparsity=0.995), 'target_sparsity=0.995'),  # 1% of each matrix stays
+    (dict(PRUNED, prune_pattern='2:4', target_sparsity=0.6), 'target_sparsity=0.6'),
+])
+def test_impossible_pruning_is_refused_before_anything_is_written(tiny, tmp_path, changes, culprit):
+    [problem] = refusal(train.main, tiny(**changes))
+    assert culprit in problem
+    assert not (tmp_path / 'run').exists()
+
+
+def test_all_mistakes_are_listed_at_once(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    (tmp_path / 'c.py').write_text('btach_size = 4\ndropout = "much"\n')
+    (tmp_path / 'file').write_text('')
+    wrong = tiny(n_head=5, device='cuda', data_dir=tmp_path / 'none', out_dir=tmp_path / 'file',
+                 grad_clip=-1.0, attention='mla', n_kv_head=5)
+    argv = [f'{tmp_path}/c.py', f'{tmp_path}/missing.py', *wrong, '--sede=3', '--bias']
+    problems = refusal(train.main, argv)
+    beginnings = [
+        f"{tmp_path}/c.py: unknown setting 'btach_size'",
+        f"{tmp_path}/c.py: dropout='much'",
+        f"config file '{tmp_path}/missing.py'",
+        "command line: unknown setting 'sede'",
+        "command line: '--bias'",
+        'grad_clip=-1.0: ',
+        'n_embd=32 n_head=5: ',
+        "n_kv_head=5 attention='mla': ",
+        "device='cuda': ",
+        "dataset='tiny': folder",
+        f"out_dir='{tmp_path}/file': "]
+    assert len(problems) == len(beginnings)
+    for problem, beginning in zip(problems, beginnings):
+        assert problem.startswith(beginning) and '\n' not in problem
+
+
+# --- the table ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def announced(tiny, monkeypatch):
+    """A function (machine, **settings) -> ({row: text}, [note]) of the table of a tiny run."""
+    def announce(machine=CPU, kernel='flash', **changes):
+        run = train.prepare_run(tiny(**changes))
+        said = []
+        run.machine = machine
+        monkeypatch.setattr(run.log, 'say', said.append)
+        monkeypatch.setattr(preflight, 'attention_backend', lambda *shape: kernel)
+        preflight.announce(run)
+        run.log.close()
+        shutil.rmtree(run.settings.out_dir)
+        lines = [(line[:20].strip(), line[20:].strip()) for line in said[0].splitlines()[1:]]
+        return dict(lines), [text for name, text in lines if name == 'note']
+    return announce
+
+
+def test_table_tells_batch_tokens_epochs_and_ranks(announced, tiny_data):
+    rows, _ = announced(H100._replace(world=2), batch_size=2, gradient_accumulation_steps=4,
+                        max_iters=10_000)
+    data = open_data(str(tiny_data), 'tiny')
+    assert rows['effective batch'].startswith('2 sequences x 4 micro-batches = 8 sequences')
+    assert '2 processes' in rows['effective batch']
+    assert rows['tokens a step'] == '8 x 32 = 256'
+    epochs = 10_000 * 8 * 32 / ((data.train.tokens - 1) // 32 * 32)
+    assert rows['tokens of the run'] == (
+        f'10,000 steps = 2,560,000 = {epochs:.3g} epochs of {data.train.tokens:,}')
+    assert rows['data'].startswith('tiny, bytes, 257 tokens, fingerprint ')
+    assert data.fingerprint[:16] in rows['data']
+    assert rows['evaluation'] == f'640 of {data.val.tokens:,} tokens every 4 steps'
+    assert rows['device'] == 'NVIDIA H100, 989 TFLOP/s peak in bfloat16'
+    assert rows['learning rate'] == '2 warm-up, 0.01 -> 0.001 at 10000 (cosine)'
+
+
+def test_notes_name_what_has_no_effect_or_is_risky(announced):
+    assert announced() == (announced()[0], [])
+    assert announced(spam_interval=9)[1] == [
+        'spam_interval=9 has no effect: it acts only with optimizer=adamwspam']
+    risky = dict(PRUNED, prune_score='bitter10', ra_alpha=0.5, grad_clip=0.0, batch_size=1000,
+                 max_iters=20)
+    _, notes = announced(H100._replace(dtype=torch.float32), **risky)
+    for word in ('float32 on a GPU', 'not compiled', 'epochs', 'bitter10', 'ra_alpha=0.5',
+                 'grad_clip=0'):
+        assert sum(word in note for note in notes) == 1, word
+    assert len(notes) == 6
+
+
+@pytest.mark.parametrize('changes, words', [
+    ({}, ['by bitter7', 'zhu_gupta from step 2 to 9 every 100', 'for good', 'x 1 in the end']),
+    (dict(prune_pattern='2:4'), ['by bitter7', '2:4 from step 2', 'for good']),
+    (dict(prune_regrow=0.0), ['regrowing until prune_end']),
+    (dict(prune_lr_power=2.0, prune_allocation='layer'), ['(layer)', 'x 4 in the end']),
+])
+def test_table_tells_what_pruning_will_do(announced, changes, words):
+    rows, _ = announced(**PRUNED, **changes)
+    for word in ['50.0% of the 24,576 weights of blocks', *words]:
+        assert word in rows['pruning'], rows['pruning']
+    assert announced()[0]['pruning'] == 'none'
+
+
+def test_unfused_attention_on_a_gpu_is_told(announced):
+    assert 'UNFUSED' in announced(H100, kernel='math')[0]['attention']
+    assert 'UNFUSED' not in announced(H100)[0]['attention']
+    assert 'UNFUSED' not in announced(CPU, kernel='math')[0]['attention']  # there is no other
+
+
+@pytest.mark.parametrize('changes, words', [
+    (dict(positions='rotary', n_kv_head=1), ['rotary positions', '1 key and value heads']),
+    (dict(attention='mla', latent_dim=24), ['learned positions', 'latent, 2 x 24 wide']),
+    (dict(ra_learned=True, ra_window=9), ['reciprocal over ra_window=9, learned from 0']),
+])
+def test_table_tells_which_attention(announced, changes, words):
+    row = announced(**changes)[0]['attention']
+    assert all(word in row for word in words), row
+
+
+def test_counted_memory_is_what_is_then_taken(tiny):
+    """Masters and moments of the tensors that exist after a step, without gaps in their layout."""
+    run = train.prepare_run(tiny(dtype='bfloat16'))
+    train.one_step(run)
+    run.log.close()
+    memory = preflight.counted_memory(run)
+    masters = [p for flat in run.flats for p in flat.parameters.values()]
+    assert memory['master weights'] == sum(p.nbytes for p in masters)
+    moments = [run.optimizer.state[p][key] for p in masters for key in ('exp_avg', 'exp_avg_sq')]
+    assert memory['moments'] == sum(moment.nbytes for moment in moments)
+    working = sum(p.nbytes for p in run.model.parameters() if p.dim() >= 2)
+    assert memory['working weights'] == pytest.approx(working, rel=0.02)  # vectors are float32
+
+
+def test_announcement_is_printed_logged_and_kept(tiny, tmp_path, capsys):
+    run = train.prepare_run(tiny(**PRUNED, optimizer='adamwspam'))
+    preflight.announce(run)
+    run.log.close()
+    printed = capsys.readouterr().out
+    assert printed == (tmp_path / 'run' / 'train.log').read_text()
+    rows = {line[2:20].strip(): line[21:] for line in printed.splitlines()[1:]}
+    parameters = sum(p.numel() for p in run.model.parameters())
+    assert rows['parameters'] == f'{parameters:,}'
+    assert rows['optimizer'] == 'AdamWSPAM, pruned by a Pruner'
+    assert rows['run directory'] == str(tmp_path / 'run')
+    config = json.loads((tmp_path / 'run' / 'config.json').read_text())
+    assert set(config) == set('''settings model data fingerprint device dtype processes command
+        commit edited python torch cuda hip'''.split())
+    assert config['settings']['prune_score'] == 'bitter7'
+    assert config['model']['n_embd'] == 32
+    assert config['data'] == dict(name='tiny', tokenizer='bytes', vocab_size=257)
+    assert (config['dtype'], config['processes']) == ('float32', 1)
