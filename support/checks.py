@@ -86,11 +86,13 @@ def check_pruning(s, require):
     # No masks are chosen in the spam_warmup + 1 updates from a reset on.
     require(s.spam_warmup + 1 < s.spam_interval, 'spam_interval spam_warmup prune_score',
             'no masks are chosen in the warm-up, and it would never be over')
-    since_reset = s.prune_end % s.spam_interval
-    if s.prune_end >= s.spam_interval and since_reset <= s.spam_warmup:
-        chosen = s.prune_end - since_reset + s.spam_warmup + 1
-        require(chosen <= s.max_iters, 'prune_end max_iters spam_interval spam_warmup',
-                f'no masks are chosen in the warm-up, so target_sparsity would be reached at '
+    key = 'prune_start' if s.prune_pattern == '2:4' and s.prune_regrow < 0 else 'prune_end'
+    last = getattr(s, key)
+    since_reset = last % s.spam_interval
+    if last >= s.spam_interval and since_reset <= s.spam_warmup:
+        chosen = last - since_reset + s.spam_warmup + 1
+        require(chosen <= s.max_iters, f'{key} max_iters spam_interval spam_warmup',
+                'no masks are chosen in the warm-up, so target_sparsity would be reached at '
                 f'{chosen}, after the run')
 
 
