@@ -98,6 +98,7 @@ def test_preset_is_a_starting_point(words):
 # --- ranges and combinations ----------------------------------------------------------------------
 
 PRUNED = dict(prune_score='bitter7', prune_start=2, prune_end=9, max_iters=12)
+SPAM = dict(PRUNED, optimizer='adamwspam', spam_interval=4, spam_warmup=2)
 IMPOSSIBLE = {
     'heads': (dict(n_embd=30, n_head=4), [
         'n_embd=30 n_head=4: the width must be a multiple of the heads, e.g. n_embd=28']),
@@ -156,6 +157,12 @@ IMPOSSIBLE = {
     'ramp, start': (dict(PRUNED, prune_start=9), [
         'prune_start=9 prune_end=9 max_iters=12: the ramp must start before it ends and end '
         'within the run, e.g. --prune_start=3 --prune_end=11']),
+    'ramp, spike warm-up': (dict(SPAM, prune_end=13, max_iters=14), [
+        'prune_end=13 max_iters=14 spam_interval=4 spam_warmup=2: no masks are chosen in the '
+        'warm-up, so target_sparsity would be reached at 15, after the run']),
+    'endless spike warm-up': (dict(SPAM, prune_end=11, spam_warmup=3, max_iters=20), [
+        "spam_interval=4 spam_warmup=3 prune_score='bitter7': no masks are chosen in the warm-up, "
+        'and it would never be over']),
     'power': (dict(PRUNED, prune_lr_power=-1.0), ['prune_lr_power=-1.0: must not be negative']),
     'masks': (dict(PRUNED, prune_interval=0), ['prune_interval=0: must be at least 1']),
 }
@@ -177,6 +184,8 @@ POSSIBLE = {
     'every rank alike': dict(batch_size=1, gradient_accumulation_steps=3),
     'ramp to the end': dict(PRUNED, prune_end=12),
     'score under any optimizer': dict(PRUNED, optimizer='adamw'),
+    'ramp, spike warm-up that ends in time': dict(SPAM, prune_end=13, max_iters=15),
+    'ramp, no spike warm-up at its end': dict(SPAM, prune_end=15, max_iters=15),
 }
 
 
