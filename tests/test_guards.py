@@ -139,7 +139,7 @@ def test_compiled_run_has_all_its_graphs_after_the_first_step_and_no_breaks(tiny
 ON_GPU = dict(device='cuda', compile=True, dtype='bfloat16', loss_chunk_tokens=512, n_embd=256,
               n_head=4, block_size=128, batch_size=8, eval_tokens=2560, max_iters=60,
               log_interval=1)
-ATTENTIONS = {
+VARIANTS = {
     'mha': {},
     'grouped, rotary': dict(n_kv_head=2, positions='rotary'),
     'mla': dict(attention='mla'),
@@ -149,13 +149,17 @@ ATTENTIONS = {
     'mla, ra': dict(attention='mla', ra_alpha=0.5, ra_window=10),
     'pruned': dict(prune_score='bitter7', prune_start=10, prune_end=50, prune_interval=10),
     'spam': dict(optimizer='adamwspam', spam_interval=20, spam_warmup=5),
+    'float8': dict(fp8=True, dropout=0.1, activation_budget=0.9),
+    'float8, mla': dict(fp8=True, attention='mla'),
 }
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
-@pytest.mark.parametrize('told', ATTENTIONS.values(), ids=ATTENTIONS)
+@pytest.mark.parametrize('told', VARIANTS.values(), ids=VARIANTS)
 def test_gpu_run_compiles_without_breaks_and_learns(tiny, tmp_path, told):
+    if 'fp8' in told and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip('float8 needs compute capability 9.0')
     assert train.main(tiny(**ON_GPU, **told)) == 0
     assert_all_graphs_came_with_the_first_step(tmp_path / 'run')
     result = summary(tmp_path / 'run')

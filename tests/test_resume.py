@@ -341,9 +341,12 @@ def test_sigterm_and_ctrl_c_save_at_a_step_boundary(tiny, tmp_path):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 @pytest.mark.parametrize('told', [
     dict(compile=False, dropout=0.1), dict(dropout=0.1), dict(attention='mla'),
-    dict(ra_learned=True, ra_window=10), dict(RAMP, prune_score='bitter7'), SPAM],
+    dict(ra_learned=True, ra_window=10), dict(RAMP, prune_score='bitter7'), SPAM,
+    dict(fp8=True), dict(fp8=True, compile=False)],
     ids=lambda told: ', '.join(f'{key}={value}' for key, value in told.items()))
 def test_deterministic_gpu_run_repeats_and_resumes_to_the_bit(tiny, tmp_path, monkeypatch, told):
+    if 'fp8' in told and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip('float8 needs compute capability 9.0')
     on_gpu = dict(device='cuda', compile=True, dtype='bfloat16', loss_chunk_tokens=512, n_embd=128,
                   block_size=128, batch_size=8, eval_tokens=2560, deterministic=True)
     try:
