@@ -106,7 +106,9 @@ def keep_results(folder, place):
     """Copy config.json and summary.json, and metrics.jsonl in at most METRICS_KEPT lines."""
     os.makedirs(place, exist_ok=True)
     for name in ('config.json', 'summary.json'):
-        write_json(os.path.join(place, name), read_json(os.path.join(folder, name)))
+        content = read_json(os.path.join(folder, name))
+        content.pop('host', None)  # results are for everybody
+        write_json(os.path.join(place, name), content)
     records = read_metrics(os.path.join(folder, 'metrics.jsonl'))
     trained = [record for record in records if 'loss' in record]
     every = -(-len(trained) // max(1, METRICS_KEPT - len(records) + len(trained)))

@@ -539,7 +539,8 @@ def build(s, machine, data, saved):
     optimizer, pruner = build_optimizer(s, flats)
     progress = Progress()
     if saved:
-        progress = Progress(**saved['progress'])
+        known = vars(progress)  # a copied train.py may have saved more
+        progress = Progress(**{k: v for k, v in saved['progress'].items() if k in known})
         optimizer.load_state_dict(saved['optimizer'])
         if pruner:
             pruner.load_state_dict(saved['pruner'])

@@ -8,32 +8,20 @@ import torch
 
 
 class Cache(NamedTuple):
-    """What one layer has read of B texts. No gradients flow through it.
-
-    A place holds what was put there last. Nothing says how long a text is but the positions of its
-    tokens, which see their own place and those before it.
-    """
+    """What one layer has read of B texts. A place holds what was put there last."""
     keys: torch.Tensor  # (B, heads, S, width)
     values: torch.Tensor
 
     def extend(self, keys, values, positions):
-        """Put new ones (B, heads, T, width) at positions (B, T); None: at 0 ... T - 1."""
-        for held, new in zip(self, (keys.detach(), values.detach())):
-            if positions is None:
-                held[:, :, :new.size(2)] = new
-            else:
-                row = torch.arange(len(positions), device=positions.device)[:, None]
-                held[row, :, positions] = new.transpose(1, 2)
+        """Put new ones (B, heads, T, width) at positions (B, T); returns all that it holds."""
+        row = torch.arange(len(positions), device=positions.device)[:, None]
+        self.keys[row, :, positions] = keys.transpose(1, 2)
+        self.values[row, :, positions] = values.transpose(1, 2)
+        return self
 
-    def part(self, rows=slice(None), places=slice(None)):
-        """A view of some rows and places."""
-        return Cache(*(held[rows, :, places] for held in self))
-
-
-def filled(texts, device):
-    """Lists of tokens -> (B, T), shorter ones filled up at their end."""
-    T = max(map(len, texts))
-    return torch.tensor([text + [0] * (T - len(text)) for text in texts], device=device)
+    def part(self, rows, places):
+        """A view of a slice of rows and of one of places."""
+        return Cache(self.keys[rows, :, places], self.values[rows, :, places])
 
 
 class WholeReader:
@@ -46,10 +34,8 @@ class WholeReader:
     def __call__(self, texts):
         """What each row sees, lists of tokens -> logits (B, vocab_size) of its next token."""
         device = self.model.token_embedding.weight.device
-        hidden = self.model.hidden(filled(texts, device))  # (B, T, C)
-        row = torch.arange(len(texts), device=device)
-        last = torch.tensor([len(text) - 1 for text in texts], device=device)
-        return self.model.head(hidden[row, last])
+        last = [self.model.hidden(torch.tensor([text], device=device))[0, -1] for text in texts]
+        return self.model.head(torch.stack(last))
 
 
 class CachedReader:
@@ -73,30 +59,22 @@ class CachedReader:
 
     def __call__(self, texts):
         """What each row sees, lists of tokens -> logits (B, vocab_size) of its next token."""
-        fresh = []
         for row, (text, length) in enumerate(zip(texts, self.lengths)):
             if length == 0 or len(text) != length + 1:
-                fresh.append(row)
-        if len(fresh) == len(texts):
-            self.read(texts, self.cache)
-        else:
-            for row in fresh:
-                own = slice(row, row + 1)
-                self.read(texts[own], [layer.part(rows=own) for layer in self.cache])
+                self.read(row, text[:-1])
         self.lengths = [len(text) for text in texts]
         self.tokens.copy_(torch.tensor([text[-1:] for text in texts]))
         self.positions.copy_(torch.tensor(self.lengths)[:, None] - 1)
         return self.step()
 
-    def read(self, texts, cache):
-        """Read all but the last token of each text, together.
-
-        Filling is read too, into places beyond a text's end: before any token sees such a place, a
-        token of the text has come to stand there.
-        """
-        if max(map(len, texts)) > 1:
-            idx = filled([text[:-1] for text in texts], self.tokens.device)
-            self.model.hidden(idx, cache=cache)
+    def read(self, row, text):
+        """Put a text, a list of tokens, into a row of the cache."""
+        if text:
+            idx = torch.tensor([text], device=self.tokens.device)
+            positions = torch.arange(len(text), device=self.tokens.device)[None]
+            own = slice(row, row + 1)
+            cache = [layer.part(own, slice(len(text))) for layer in self.cache]
+            self.model.hidden(idx, positions, cache)
 
     def step(self):
         """Logits (B, vocab_size) after self.tokens at self.positions."""
@@ -116,6 +94,6 @@ class CachedReader:
 
     def forward(self, places):
         """The step as it is, looking at the first `places` of the cache."""
-        cache = [layer.part(places=slice(places)) for layer in self.cache]
+        cache = [layer.part(slice(None), slice(places)) for layer in self.cache]
         hidden = self.model.hidden(self.tokens, self.positions, cache)  # (B, 1, C)
         return self.model.head(hidden[:, 0])

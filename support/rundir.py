@@ -212,6 +212,7 @@ def provenance():
         torch=torch.__version__,
         cuda=torch.version.cuda,
         hip=torch.version.hip,
+        host=platform.node(),
     )
 
 
