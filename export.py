@@ -8,16 +8,16 @@ from that are those of the run. The other way, fine-tuning or pruning a GPT-2, f
     python train.py config/best_50.py --init_from=hf:gpt2 --bias=True --out_dir=out/pretrained_50
 """
 import os
-import re
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch.nn import functional as F
 
-from model import GPT, GPTConfig, load_model, model_config
-from support.files import read_json, write_atomically, write_folder, write_json
+from model import GPTConfig, load_model, model_config
+from support.files import read_json, write_folder, write_json
 from support.settings import Refused, help_text, parse, run_command
-from support.shards import EOT_TEXT, get_tokenizer
+from support.shards import get_tokenizer
 
 
 @dataclass
@@ -29,13 +29,20 @@ class ExportSettings:
 # --- the format -----------------------------------------------------------------------------------
 
 FILE = 'model.safetensors'
-SIZES = dict(vocab_size='vocab_size', block_size='n_positions', n_layer='n_layer', n_head='n_head',
-             n_embd='n_embd')  # fields of GPTConfig: keys of config.json
-FIXED = {  # key of config.json: what our model can be where weights do not show it, default first
-    'activation_function': ('gelu_new', 'gelu_pytorch_tanh'),
-    'layer_norm_epsilon': (1e-5,),
-    'scale_attn_weights': (True,),
-    'scale_attn_by_inverse_layer_idx': (False,),
+SIZES = {  # field of GPTConfig: key of config.json
+    'vocab_size': 'vocab_size',
+    'block_size': 'n_positions',
+    'n_layer': 'n_layer',
+    'n_head': 'n_head',
+    'n_embd': 'n_embd',
+}
+FIXED = {  # key of config.json: the one value that our model can be
+    'model_type': 'gpt2',
+    'activation_function': 'gelu_new',
+    'layer_norm_epsilon': 1e-5,
+    'scale_attn_weights': True,
+    'scale_attn_by_inverse_layer_idx': False,
+    'tie_word_embeddings': True,
 }
 BLOCK = {  # our module: (theirs, shape of its weight in widths)
     'norm_1': ('ln_1', (1,)),
@@ -45,6 +52,7 @@ BLOCK = {  # our module: (theirs, shape of its weight in widths)
     'mlp.fc': ('mlp.c_fc', (4, 1)),
     'mlp.proj': ('mlp.c_proj', (1, 4)),
 }
+UNUSED = ('lm_head.weight', '.attn.bias', '.attn.masked_bias')  # tied; causal masks of 2019
 
 
 def layout(config):
@@ -76,26 +84,9 @@ def check_parameters(tensors, config, told):
     found = [f'{name} {tuple(tensor.shape)}' for name, tensor in tensors.items()]
     extra = [parameter for parameter in found if parameter not in expected]
     missing = [parameter for parameter in expected if parameter not in found]
-    problems = []
-    for what, names in (('GPT-2 has no', extra), ('it lacks', missing)):
-        more = f' and {len(names) - 3} more' if len(names) > 3 else ''
-        if names:
-            problems.append(f'{what} {", ".join(names[:3])}{more}')
-    if problems:
-        raise Refused(f'{told}: {", ".join(problems)}')
-
-
-def gpt2_weights(model, told):
-    """{our name: tensor} of a model as far as the format goes: no padded rows, zeros for biases
-    that it does without. Refused, as `told`, if the format does not hold just these."""
-    rows = model.config.vocab_size
-    weights = {name: weight[:rows] if name == 'token_embedding.weight' else weight
-               for name, weight in model.state_dict().items()}
-    for name, (_, shape) in layout(model.config).items():
-        if name.endswith('.bias'):
-            weights.setdefault(name, torch.zeros(shape))
-    check_parameters(weights, model.config, told)
-    return weights
+    if extra or missing:
+        raise Refused(f'{told}: beyond GPT-2: {", ".join(extra[:3]) or "nothing"}; '
+                      f'missing: {", ".join(missing[:3]) or "nothing"}')
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -107,26 +98,25 @@ def read_gpt2(path):
     path: a folder with config.json and model.safetensors, or a name on the hub such as 'gpt2'.
     Refused, naming the file, if it is damaged or describes anything that our model is not.
     """
-    folder = os.path.expanduser(path)
-    if not os.path.isdir(folder):
-        folder = download(path)
+    folder = path if os.path.isdir(path) else download(path)
     config = read_config(os.path.join(folder, 'config.json'))
     file = os.path.join(folder, FILE)
-    tensors = read_tensors(file)
-    head = tensors.pop('lm_head.weight', None)
+    try:
+        from safetensors.torch import load_file
+        tensors = load_file(file)  # mapped: read from the disk when used
+    except Exception as error:  # a dozen types, for a file that is damaged or absent
+        raise Refused(f'{file} cannot be read ({error}); get it again, or load the weights with '
+                      'transformers and save_pretrained them as one such file') from None
+    names = {theirs: ours for ours, (theirs, _) in layout(config).items()}
     weights = {}
-    for name, (theirs, _) in layout(config).items():
-        if theirs in tensors:
-            weights[name] = turned(theirs, tensors.pop(theirs)).float()
-    check_parameters({**weights, **tensors}, config, f'{file} is another kind of model')
-    if not all(weight.isfinite().all() for weight in weights.values()):
-        raise Refused(f'{file} holds NaN or infinity; use another model')
+    for name, tensor in tensors.items():
+        theirs = name.removeprefix('transformer.')
+        if not theirs.endswith(UNUSED):
+            weights[names.get(theirs, theirs)] = turned(theirs, tensor).float()
+    check_parameters(weights, config, f'{file} is another kind of model')
+    padding = config.padded_vocab_size - config.vocab_size
     embedding = weights['token_embedding.weight']
-    if head is not None and not torch.equal(head.float(), embedding):
-        raise Refused(f'{file}: lm_head.weight is not the token embedding, which is the head here; '
-                      'use another model')
-    padding = torch.zeros(config.padded_vocab_size - config.vocab_size, config.n_embd)
-    weights['token_embedding.weight'] = torch.cat([embedding, padding])
+    weights['token_embedding.weight'] = F.pad(embedding, (0, 0, 0, padding))
     return weights, config
 
 
@@ -146,30 +136,13 @@ def read_config(path):
     theirs = read_json(path)
     if not isinstance(theirs, dict):
         raise Refused(f'{path} is missing or no JSON object; get it again')
-    sizes = {key: theirs.get(key) for key in SIZES.values()}
-    faults = [f'{key}={value!r} must be a positive integer'
-              for key, value in sizes.items() if type(value) is not int or value < 1]
-    for key, allowed in {'model_type': ('gpt2',), **FIXED}.items():
-        if theirs.get(key, allowed[0]) not in allowed:
-            faults.append(f'{key}={theirs[key]!r} must be {allowed[0]!r}')
+    faults = [f'{key}={theirs.get(key)!r} must be a positive integer'
+              for key in SIZES.values() if type(theirs.get(key)) is not int or theirs[key] < 1]
+    faults += [f'{key}={theirs[key]!r} must be {value!r}'
+               for key, value in FIXED.items() if theirs.get(key, value) != value]
     if faults:
         raise Refused([f'{path}: {fault}; use another model' for fault in faults])
-    return GPTConfig(bias=True, **{ours: sizes[key] for ours, key in SIZES.items()})
-
-
-def read_tensors(file):
-    """{their name without 'transformer.': tensor} of a file; Refused if damaged or absent."""
-    if not os.path.exists(file):
-        raise Refused(f'{file} is missing; load other weights with transformers and save them as '
-                      "one such file, save_pretrained(FOLDER, max_shard_size='100GB')")
-    try:
-        from safetensors.torch import load_file
-        tensors = load_file(file)  # mapped: read from the disk when used
-    except Exception as error:  # a dozen types for a damaged file
-        raise Refused(f'{file} is damaged ({error}); get it again') from None
-    masks = re.compile(r'\.attn\.(bias|masked_bias)$')  # causal ones, in files of 2019
-    return {name.removeprefix('transformer.'): tensor
-            for name, tensor in tensors.items() if not masks.search(name)}
+    return GPTConfig(bias=True, **{ours: theirs[key] for ours, key in SIZES.items()})
 
 
 # --- a run that starts from a GPT-2 ---------------------------------------------------------------
@@ -194,156 +167,128 @@ def pretrained_problems(settings, data):
         _, theirs = read_gpt2(source.removeprefix('hf:'))
     except Refused as refused:
         return refused.problems
+    ours = model_config(settings, theirs.vocab_size)
     problems = []
-    for key in ('n_layer', 'n_head', 'n_embd', 'bias'):
+    for key in ('n_layer', 'n_head', 'n_embd', 'bias', 'attention', 'positions', 'n_kv_head',
+                'ra_learned'):
         value = vars(theirs)[key]
-        if vars(settings)[key] != value:
-            problems.append(f'{key}={vars(settings)[key]!r}: {source} has {key}={value!r}; write '
-                            f'--{key}={value!r}')
-    if settings.block_size > theirs.block_size:
-        problems.append(f'block_size={settings.block_size}: {source} has {theirs.block_size} '
+        if vars(ours)[key] != value:
+            problems.append(f'{key}={vars(ours)[key]!r}: {source} has {key}={value!r}; write '
+                            f'--{key}={value}')
+    if ours.block_size > theirs.block_size:
+        problems.append(f'block_size={ours.block_size}: {source} has {theirs.block_size} '
                         f'positions; write --block_size={theirs.block_size} or less')
-    if not problems:  # all sizes agree: is it built alike?
-        try:
-            with torch.device('meta'):
-                ours = GPT(model_config(settings, theirs.vocab_size))
-            gpt2_weights(ours, f'{source} does not fit the settings of attention and positions')
-        except Refused as refused:
-            problems += refused.problems
-        except ValueError as error:  # settings that contradict each other
-            problems.append(str(error))
     if data and data.vocab_size != theirs.vocab_size:
         problems.append(f'dataset={data.name!r}: {source} has {theirs.vocab_size} tokens, not the '
                         f'{data.vocab_size} of {data.tokenizer!r}; use text of its own tokenizer')
     return problems
 
 
-# --- does somebody else's GPT-2 compute the same? -------------------------------------------------
+# --- writing --------------------------------------------------------------------------------------
 
 TOLERANCE = 1e-4  # of the logits' standard deviation; rounding in float32 makes about 1e-6
-PROMPTS = (
-    'The theory of evolution explains how species change over time.',
-    'In 1969, two men walked on the Moon; a third one waited in orbit.',
-    '"Are you sure?" she asked. He wasn\'t, but he nodded.',
-)
 
 
 @torch.inference_mode()
-def compare_logits(folder, model, tokenizer):
-    """A line about how near the logits of `model` are to those of transformers' GPT-2 with the
-    files in `folder`; Refused if they are not. tokenizer: for PROMPTS, None if there is none."""
+def compare_logits(folder, model):
+    """Say how near the logits of `model` are to those of transformers' GPT-2 with the files in
+    `folder`; Refused if they are not."""
     try:
         import transformers
     except ImportError:
-        return 'logits: NOT COMPARED with anything; for that, pip install transformers'
+        print('logits: NOT COMPARED with anything; for that, pip install transformers')
+        return
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(folder).float().eval()
     T = model.config.block_size
     generator = torch.Generator().manual_seed(0)
-    prompts = [torch.randint(model.config.vocab_size, (T,), generator=generator)]
-    if tokenizer:
-        prompts += [torch.tensor(tokenizer.encode(text)[:T]) for text in PROMPTS]
-    theirs = transformers.GPT2LMHeadModel.from_pretrained(folder).float().eval()
-    our_logits = torch.cat([model(prompt[None])[0] for prompt in prompts])  # (tokens, vocab_size)
-    their_logits = torch.cat([theirs(prompt[None]).logits[0] for prompt in prompts])
-    difference = ((our_logits - their_logits).abs().max() / our_logits.std()).item()
+    tokens = torch.randint(model.config.vocab_size, (1, T), generator=generator)
+    logits = model(tokens)  # (1, T, vocab_size)
+    difference = ((logits - theirs(tokens).logits).abs().max() / logits.std()).item()
     told = f'{difference:.1e} standard deviations from transformers {transformers.__version__}'
     if not difference <= TOLERANCE:  # NaN is a difference
         raise Refused(f'the logits differ by {told}: this model computes something GPT-2 does not, '
                       'which the format cannot hold; compare its attention, activation and norms')
-    return f'logits: at most {told}, on {len(prompts) - 1} prompts and {T} random tokens'
+    print(f'logits: at most {told}, on {T} random tokens')
 
 
-# --- writing --------------------------------------------------------------------------------------
-
-
-def write_model(folder, model, weights, eot, dtype):
-    """config.json, generation_config.json, model.safetensors. eot: token that ends a document."""
+def write_model(folder, config, weights, dtype):
+    """config.json and model.safetensors."""
     from safetensors.torch import save
-    config = model.config
-    ends = dict(bos_token_id=eot, eos_token_id=eot)
+    eot = config.vocab_size - 1
     sizes = {key: vars(config)[ours] for ours, key in SIZES.items()}
-    fixed = {key: allowed[0] for key, allowed in FIXED.items()}
-    drops = {f'{where}_pdrop': config.dropout for where in ('embd', 'attn', 'resid')}
     write_json(os.path.join(folder, 'config.json'), dict(
-        model_type='gpt2', architectures=['GPT2LMHeadModel'], torch_dtype=dtype,
-        initializer_range=0.02, n_inner=None, **sizes, **fixed, **drops, **ends))
-    write_json(os.path.join(folder, 'generation_config.json'), {'_from_model_config': True, **ends})
+        architectures=['GPT2LMHeadModel'], torch_dtype=dtype, **sizes, **FIXED,
+        embd_pdrop=config.dropout, attn_pdrop=config.dropout, resid_pdrop=config.dropout,
+        bos_token_id=eot, eos_token_id=eot))
     tensors = {}
     for name, (theirs, _) in layout(config).items():
         stored = turned(theirs, weights[name]).to(getattr(torch, dtype))
         tensors[f'transformer.{theirs}'] = stored.contiguous()
-    content = save(tensors, metadata={'format': 'pt'})
-    write_atomically(os.path.join(folder, FILE), lambda f: f.write(content))
+    with open(os.path.join(folder, FILE), 'wb') as f:
+        f.write(save(tensors, {'format': 'pt'}))
 
 
 def write_tokenizer(folder, block_size):
     """vocab.json, merges.txt and tokenizer_config.json of GPT-2: OpenAI's files, which tiktoken
-    has already fetched, under the names that transformers gives them."""
+    caches, under the names that transformers gives them. Refused if they cannot be had."""
+    get_tokenizer('gpt2')
     from tiktoken.load import read_file_cached
     source = 'https://openaipublic.blob.core.windows.net/gpt-2/encodings/main'
     for theirs, name in (('encoder.json', 'vocab.json'), ('vocab.bpe', 'merges.txt')):
-        content = read_file_cached(f'{source}/{theirs}')
-        write_atomically(os.path.join(folder, name), lambda f, content=content: f.write(content))
-    ends = dict.fromkeys(('bos_token', 'eos_token', 'unk_token'), EOT_TEXT)
+        with open(os.path.join(folder, name), 'wb') as f:
+            f.write(read_file_cached(f'{source}/{theirs}'))
     write_json(os.path.join(folder, 'tokenizer_config.json'), dict(
-        tokenizer_class='GPT2Tokenizer', model_max_length=block_size, add_prefix_space=False,
-        clean_up_tokenization_spaces=False, **ends))
+        tokenizer_class='GPT2Tokenizer', model_max_length=block_size,
+        clean_up_tokenization_spaces=False))
 
 
 def export(model, tokenizer_name, out_dir, dtype):
-    """Write the folder; returns lines about it. Refused, and no folder, if anything fails."""
+    """Write the folder and say what is in it. Refused, and no folder, if anything fails."""
     model.to(getattr(torch, dtype)).float()  # rounded like the file, so that the logits compare
-    weights = gpt2_weights(model, 'this model is no GPT-2, use it with sample.py')
-    eot = model.config.vocab_size - 1
-    linear = [w for name, w in weights.items() if name.startswith('blocks.') and w.dim() == 2]
-    lines = [f"zeros: {zeros(linear):.2%} of the blocks' linear weights, "
-             f'{zeros(weights.values()):.2%} of all in the file']
-    tokenizer = None
-    try:
-        tokenizer = get_tokenizer(tokenizer_name)
-    except Refused as refused:
-        lines.append(f'no tokenizer files: {refused}')
+    config = model.config
+    weights = model.state_dict()
+    embedding = weights['token_embedding.weight']
+    weights['token_embedding.weight'] = embedding[:config.vocab_size]  # no padding
+    for name, (_, shape) in layout(config).items():
+        if name.endswith('.bias'):
+            weights.setdefault(name, torch.zeros(shape))
+    check_parameters(weights, config, 'this model is no GPT-2, use it with sample.py')
 
     def write(folder):
-        write_model(folder, model, weights, eot, dtype)
-        lines.append(compare_logits(folder, model, tokenizer))
+        write_model(folder, config, weights, dtype)
+        compare_logits(folder, model)
         if tokenizer_name == 'bytes':
-            lines.append(f'no tokenizer files: a token is a byte, {eot} ends a document')
-        elif tokenizer:
-            write_tokenizer(folder, model.config.block_size)
+            print('no tokenizer files: a token is a byte, 256 ends a document')
+            return
+        try:
+            write_tokenizer(folder, config.block_size)
+        except Refused as refused:
+            print(f'no tokenizer files: {refused}')
 
     try:
         write_folder(out_dir, write)
     except OSError as error:
         raise Refused(f"'{out_dir}' could not be written ({error.strerror or error}); choose "
                       'another folder') from None
-    return lines
-
-
-def zeros(weights):
-    """Share of exact zeros in these tensors."""
-    return 1 - sum(int(w.count_nonzero()) for w in weights) / sum(w.numel() for w in weights)
+    linear = [w for name, w in weights.items() if name.startswith('blocks.') and w.dim() == 2]
+    zeros = sum((w == 0).sum().item() for w in linear) / sum(w.numel() for w in linear)
+    print(f"zeros: {zeros:.2%} of the blocks' linear weights")
 
 
 def main(argv):
     """Export a run; returns the exit code."""
-    if '--help' in argv or not argv:
+    folders = [argument for argument in argv if not argument.startswith('--')]
+    options = [argument for argument in argv if argument.startswith('--')]
+    if '--help' in argv or len(folders) != 2:
         print(help_text(ExportSettings, __doc__))
-        return 0 if argv else 2
-    run_dir, out_dir = (argv + [''])[:2]
-    settings, problems, _ = parse(ExportSettings, argv[2:], config_files=False)
-    usage = 'usage: python export.py RUN_DIRECTORY OUT_DIRECTORY [--key=value ...]'
-    if not os.path.isdir(run_dir):
-        problems.append(f"'{run_dir}' is not a run directory; {usage}")
-    if not out_dir or out_dir.startswith('--'):
-        problems.append(f'no OUT_DIRECTORY; {usage}')
-    elif os.path.lexists(out_dir) and not (os.path.isdir(out_dir) and not os.listdir(out_dir)):
-        problems.append(f"'{out_dir}' is there already; choose another OUT_DIRECTORY or remove it")
+        return 0 if '--help' in argv else 2
+    settings, problems, _ = parse(ExportSettings, options, config_files=False)
     if problems:
         raise Refused(problems)
+    run_dir, out_dir = folders
     model, saved = load_model(run_dir, settings.checkpoint)
-    lines = export(model, saved['data']['tokenizer'], out_dir, settings.dtype)
+    export(model, saved['data']['tokenizer'], out_dir, settings.dtype)
     print(f"{out_dir}: {settings.checkpoint}.pt of step {saved['step']} in {settings.dtype}")
-    print('\n'.join(lines))
     return 0
 
 

@@ -7,7 +7,6 @@ A run that is still going, or was killed, is shown with what it has measured so 
 """
 import math
 import os
-import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,10 +37,11 @@ def load_run(folder, name):
     summary = read_json(os.path.join(folder, 'summary.json'))
     metrics = read_metrics(os.path.join(folder, 'metrics.jsonl'))
     if summary is None or (metrics and metrics[-1]['step'] > summary['steps']):  # resumed since
-        summary = {'tokens': 0, 'exit_reason': 'running'}
+        summary = {'steps': 0, 'tokens': 0, 'exit_reason': 'running'}
         for record in metrics:
             summary.update(record)
-        summary['steps'] = max([r['step'] for r in metrics if 'tokens' in r], default=0)
+            if 'tokens' in record:
+                summary['steps'] = record['step']
     return Run(name, config, summary, metrics)
 
 
@@ -72,11 +72,7 @@ def table(runs):
         values = [(run.summary.get(key), write) for _, key, write in COLUMNS]
         rows.append([run.name] + ['-' if v is None else write(v) for v, write in values])
     widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = []
-    for name, *cells in rows:
-        aligned = [text.rjust(width) for text, width in zip(cells, widths[1:])]
-        lines.append('  '.join([name.ljust(widths[0]), *aligned]))
-    return '\n'.join(lines)
+    return '\n'.join('  '.join(map(str.rjust, row, widths)) for row in rows)
 
 
 FACTS = ('dataset', 'fingerprint', 'tokens', 'effective_batch', 'parameters', 'dtype', 'commit',
@@ -99,7 +95,6 @@ def unfair(runs):
     """Lines that say why these runs must not be compared just so."""
     views = [facts(run) for run in runs]
     lines = []
-    settings = []
     names = {}  # a set that keeps its order
     for view in views:
         names.update(view)
@@ -110,11 +105,7 @@ def unfair(runs):
         groups.pop(None, None)  # has no effect there, or is newer than the run
         if len(groups) > 1:
             told = [f'{value} ({", ".join(of_runs)})' for value, of_runs in groups.items()]
-            kind = lines if name in FACTS else settings
-            kind.append(f'{name} differs: ' + ', '.join(told))
-    lines += settings[:6]
-    if len(settings) > 6:
-        lines.append(f'{len(settings) - 6} more settings differ, see config.json')
+            lines.append(f'{name} differs: ' + ', '.join(told))
     for run in runs:
         if run.summary['exit_reason'] != 'finished':
             lines.append(f'{run.name} has not finished: {run.summary["exit_reason"]}')
@@ -132,25 +123,17 @@ HEIGHTS = {'validation loss': 5, 'minus the first': 2.5, 'sparsity': 1, 'learnin
 
 
 def series(run, key):
-    """What the run measured under `key`."""
+    """What the run measured under `key` from its first step on."""
     millions = run.summary['tokens'] / max(1, run.summary['steps']) / 1e6  # a step
     points = [(record['step'] * millions, record.get(key)) for record in run.metrics]
-    finite = [(x, y) for x, y in points if y is not None and math.isfinite(y)]
-    return np.array(finite).reshape(-1, 2).T
+    shown = [(x, y) for x, y in points if x > 0 and y is not None and math.isfinite(y)]
+    return np.array(shown).reshape(-1, 2).T
 
 
-def evaluated(run):
-    """Whether there is a curve of the validation loss."""
-    return series(run, 'val_loss').shape[1] > 1
-
-
-def losses(run):
-    """(validation loss, running mean of the training loss); the latter twice if evaluated once."""
-    validation = series(run, 'val_loss')
-    training = series(run, 'loss')
-    if (width := training.shape[1] // 50) > 1:
-        training = np.array([np.convolve(row, np.ones(width) / width, 'valid') for row in training])
-    return (validation if evaluated(run) else training), training
+def smooth(curve):
+    """Its means over fiftieths of its points."""
+    width = max(1, curve.shape[1] // 50)
+    return curve[:, curve.shape[1] % width:].reshape(2, -1, width).mean(-1)
 
 
 def difference(run, first):
@@ -162,13 +145,13 @@ def difference(run, first):
 
 def sparsity_grid(run):
     """(names of a block's matrices, their sparsity (layers, matrices)); empty if not pruned."""
-    shares = {}  # matrix -> {layer: sparsity}
+    shares = {}  # name of a matrix: its sparsity in each layer
     for name, share in run.summary.get('sparsity_by_layer', {}).items():
-        if found := re.fullmatch(r'blocks\.(\d+)\.(.+?)(\.weight)?', name):
-            shares.setdefault(found[2], {})[int(found[1])] = share
-    layers = range(1 + max(map(max, shares.values()), default=-1))
-    columns = [[share.get(layer, math.nan) for layer in layers] for share in shares.values()]
-    return [name.split('.')[-1] for name in shares], np.array(columns).T
+        if name.startswith('blocks.'):
+            _, _, module, matrix = name.removesuffix('.weight').split('.', 3)
+            label = f"{module.replace('attention', 'attn')}\n{matrix}"
+            shares.setdefault(label, []).append(share)
+    return list(shares), np.array(list(shares.values())).T
 
 
 def picture(runs):
@@ -177,93 +160,80 @@ def picture(runs):
     import matplotlib
     from matplotlib.figure import Figure
 
-    matplotlib.rcdefaults()  # a style of the user's may ask for LaTeX, to which '_' is an error
     matplotlib.rcParams['font.size'] = FONT
-    pruned = {f'C{i}': run for i, run in enumerate(runs) if sparsity_grid(run)[1].size}
-    figure = Figure(figsize=(12.5 if pruned else 9.5, 7.5), dpi=120, layout='constrained')
+    pruned = {f'C{i}': run for i, run in enumerate(runs) if sparsity_grid(run)[0]}
+    figure = Figure(figsize=(12.5, 7.5), dpi=120, layout='constrained')
     left = figure
     if pruned:
-        left, right = figure.subfigures(1, 2, width_ratios=(9.5, 3), wspace=0.02)
+        left, right = figure.subfigures(1, 2, width_ratios=(3, 1), wspace=0.02)
         draw_maps(right, pruned)
     axes = draw_curves(left, runs)
     figure.draw_without_rendering()  # fixes the heights of the panels
-    names = [run.name if evaluated(run) else f'{run.name}, training' for run in runs]
-    label_ends(axes['validation loss'], names, '{}  {:.3f}')
+    label_ends(axes['validation loss'], runs)
     if 'minus the first' in axes:
-        label_ends(axes['minus the first'], [runs[0].name] + [''] * len(runs), '{} {:+.3f}')
+        label_ends(axes['minus the first'], runs)
     return figure
 
 
 def draw_curves(figure, runs):
     """Panels one below the other, without those that have nothing to show: {label: axis}."""
-    differences = [difference(run, runs[0]) for run in runs]
-    sparsities = [series(run, 'sparsity') for run in runs]
-    panels = {'validation loss': [losses(run)[0] for run in runs]}  # nat a token
-    if any(curve.shape[1] > 1 for curve in differences[1:]):
-        panels['minus the first'] = differences
-    if any(curve[1].any() for curve in sparsities):
-        panels['sparsity'] = sparsities
-    panels['learning rate'] = [series(run, 'lr') for run in runs]
+    panels = {
+        'validation loss': [series(run, 'val_loss') for run in runs],  # nat a token
+        'minus the first': [difference(run, runs[0]) for run in runs],
+        'sparsity': [series(run, 'sparsity') for run in runs],
+        'learning rate': [series(run, 'lr') for run in runs],
+    }
+    for label in ('minus the first', 'sparsity'):
+        if not any(curve[1].any() for curve in panels[label]):
+            del panels[label]
     heights = [HEIGHTS[label] for label in panels]
     axes = dict(zip(panels, figure.subplots(len(panels), sharex=True, height_ratios=heights)))
     for label, axis in axes.items():
         axis.set_ylabel(label)
         axis.grid(alpha=0.25)
         axis.spines[['top', 'right']].set_visible(False)
+        marker = 'o' if label == 'validation loss' else ''
         for i, curve in enumerate(panels[label]):
-            axis.plot(*curve, color=f'C{i}')
+            axis.plot(*curve, color=f'C{i}', marker=marker, markersize=3)
     axis.ticklabel_format(axis='y', style='sci', scilimits=(0, 0))
     axis.set_xlabel('training tokens (millions)')
-    for run, line in zip(runs, axes['validation loss'].lines):
-        every = max(1, len(line.get_xdata()) // 20)
-        line.set(marker='o' if evaluated(run) else '', markersize=3, markevery=every)
     if len(runs) <= 3:  # training losses of more cannot be told apart
         axes['validation loss'].set_ylabel('loss (dots: validation, thin: training)')
         for i, run in enumerate(runs):
-            axes['validation loss'].plot(*losses(run)[1], color=f'C{i}', linewidth=0.5)
+            axes['validation loss'].plot(*smooth(series(run, 'loss')), color=f'C{i}', linewidth=0.5)
     return axes
 
 
-def label_ends(axis, names, form):
+def label_ends(axis, runs):
     """Scale the axis to what matters, all after a tenth of the longest run and every last value.
-    Right of it write name and last value of the first lines, pushed apart."""
+    Right of it write name and last value of the runs, the first lines, none over another."""
     lines = [line for line in axis.lines if line.get_xydata().size]
     if not lines:
         return
     points = np.concatenate([line.get_xydata() for line in lines])  # (N, 2)
-    last = np.array([line.get_xydata()[-1] for line in lines])  # (lines, 2)
-    late = points[points[:, 0] >= 0.0999 * last[:, 0].max()]
-    shown = np.append(late[:, 1], last[:, 1])
+    late = points[points[:, 0] >= 0.0999 * points[:, 0].max()]
+    shown = [*late[:, 1], *(line.get_ydata()[-1] for line in lines)]
     margin = 0.05 * np.ptp(shown) or 0.1
-    axis.set_ylim(shown.min() - margin, shown.max() + margin)
-    ends = [(*line.get_xydata()[-1], name, line.get_color())
-            for line, name in zip(axis.lines, names) if line in lines]
-    ends.sort(key=lambda end: end[1])
+    axis.set_ylim(min(shown) - margin, max(shown) + margin)
     panel = axis.bbox.height / axis.figure.dpi * 72  # its height in points
     gap = 1.25 * FONT / panel * (np.ptp(shown) + 2 * margin)
-    for (x, y, name, color), height in zip(ends, spread([y for _, y, *_ in ends], gap)):
+    ends = [(line.get_ydata()[-1], line.get_xdata()[-1], run.name, line.get_color())
+            for line, run in zip(axis.lines, runs) if line in lines]
+    height = -math.inf
+    for y, x, name, color in sorted(ends):
+        height = max(y, height + gap)
         leader = dict(arrowstyle='-', color=color, linewidth=0.6, linestyle=':', relpos=(0, 0.5))
-        axis.annotate(form.format(name, y), (x, y), (1.03, height), color=color, va='center',
+        axis.annotate(f'{name}  {y:.3f}', (x, y), (1.03, height), color=color, va='center',
                       textcoords=axis.get_yaxis_transform(), arrowprops=leader,
                       annotation_clip=False, parse_math=False)  # a name may hold a '$'
-
-
-def spread(heights, gap):
-    """Ascending heights, pushed apart until neighbours are `gap` apart."""
-    heights = np.array(heights)
-    for _ in range(20 * len(heights)**2):
-        push = np.maximum(0, gap - np.diff(heights)) / 3
-        heights[:-1] -= push
-        heights[1:] += push
-    return heights
 
 
 def draw_maps(figure, pruned):
     """Heat maps of the sparsity of each matrix, a row a layer. pruned: {color: Run}."""
     shown = list(pruned.items())[:3]
     grids = [sparsity_grid(run) for _, run in shown]
-    low = min(np.nanmin(grid) for _, grid in grids)
-    high = max(np.nanmax(grid) for _, grid in grids)
+    low = min(grid.min() for _, grid in grids)
+    high = max(grid.max() for _, grid in grids)
     axes = figure.subplots(len(shown), squeeze=False)[:, 0]
     for (color, run), (names, grid), axis in zip(shown, grids, axes):
         image = axis.imshow(grid, aspect='auto', cmap='YlGnBu', vmin=low, vmax=high)
@@ -271,11 +241,7 @@ def draw_maps(figure, pruned):
         axis.set_xticks(range(len(names)), names)
         axis.yaxis.get_major_locator().set_params(integer=True)
         axis.set_ylabel('layer')
-        for (layer, column), share in np.ndenumerate(grid):
-            if len(grid) <= 16:  # numbers fit
-                ink = 'white' if share > (low + high) / 2 else 'black'
-                axis.text(column, layer, f'{share:.0%}', ha='center', va='center', color=ink)
-    figure.colorbar(image, ax=axes, location='bottom', format=lambda share, _: f'{share:.0%}',
+    figure.colorbar(image, ax=axes, location='bottom', format=lambda share, _: f'{share:.1%}',
                     label=f'sparsity of a matrix, {len(shown)} of {len(pruned)} pruned runs')
 
 
@@ -287,15 +253,12 @@ def main(argv):
         print(help_text(ReportSettings, __doc__))
         return 0 if '--help' in argv else 2
     settings, problems, _ = parse(ReportSettings, options, config_files=False)
-    names = [os.path.basename(os.path.abspath(folder)) for folder in folders]
-    runs = []
-    for folder, name in zip(folders, names):
-        try:
-            runs.append(load_run(folder, name if names.count(name) == 1 else folder))
-        except Refused as refused:
-            problems += refused.problems
     if problems:
         raise Refused(problems)
+    names = [os.path.basename(os.path.abspath(folder)) for folder in folders]
+    if len(set(names)) < len(names):
+        names = folders
+    runs = [load_run(folder, name) for folder, name in zip(folders, names)]
     print(table(runs))
     for line in unfair(runs):
         print(f'  careful: {line}')

@@ -2,6 +2,7 @@
 import contextlib
 import io
 import json
+import subprocess
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,6 @@ from conftest import refusal
 import bench
 import train
 from support.checks import check
-from support.files import write_json
 from support.machine import Machine
 from support.rundir import RunLog
 from support.settings import parse
@@ -31,10 +31,10 @@ def benched(tiny_data, tmp_path_factory):
     folder = tmp_path_factory.mktemp('bench')
     text = io.StringIO()
     told = arguments(**TINY, data_dir=tiny_data, out_dir=folder / 'run', steps=60, profile=True,
-                     json=folder / 'r.json')
+                     json=folder / 'deep' / 'r.json')
     with contextlib.redirect_stdout(text):
         assert bench.main(told) == 0
-    return folder, json.loads((folder / 'r.json').read_text()), text.getvalue()
+    return folder, json.loads((folder / 'deep' / 'r.json').read_text()), text.getvalue()
 
 
 def test_plain_step_learns_what_ours_learns(benched):
@@ -52,18 +52,16 @@ def test_flops_are_those_of_the_formula(benched):
     layers, width, context, rows = 2, 64, 64, 384  # the bytes' vocabulary, padded
     multiplying = rows * width + layers * (12 * width**2 + 2 * width) + width
     assert r['flops_a_token'] == 6 * multiplying + 12 * layers * width * context
-    assert f'= {r["flops_a_token"]:,}; peak unknown' in text
+    assert f'x {r["flops_a_token"]:,} FLOPs a token' in text
 
 
-def test_table_tells_both_and_what_starting_took(benched):
+def test_table_tells_both(benched):
     _, r, text = benched
     told = text[text.index('peak memory   late loss'):].splitlines()
-    assert told[1].split()[:3] == ['ours', f'{r["ours"]["tokens_per_second"]:,.0f}', 'unknown']
+    assert told[1].split()[:3] == ['ours', f'{r["ours"]["tokens_per_second"]:,.0f}', '-']
     assert told[2].split()[0] == 'plain' and told[2].endswith(f'{r["plain"]["late_loss"]:.4f}')
-    assert told[3].startswith('difference in late loss ')
-    assert 0.5 < r['first_step_seconds'] < 120
-    assert r['graphs'] == r['recompilations'] == r['graph_breaks'] == 0  # nothing is compiled here
-    assert f'first step done after {r["first_step_seconds"]:.1f} s; 0 compiled graphs' in text
+    late = [record['loss'] for record in r['plain']['records'] if record['step'] > 25]
+    assert r['plain']['late_loss'] == pytest.approx(sum(late) / len(late))
 
 
 def test_profile_is_that_of_torch_and_its_trace_can_be_read(benched):
@@ -79,7 +77,7 @@ def test_profile_is_that_of_torch_and_its_trace_can_be_read(benched):
 
 def test_nothing_else_is_left_behind(benched):
     folder, _, _ = benched
-    assert sorted(file.name for file in folder.iterdir()) == ['bench_trace.json', 'r.json']
+    assert sorted(file.name for file in folder.iterdir()) == ['bench_trace.json', 'deep']
 
 
 # --- the plain step -------------------------------------------------------------------------------
@@ -121,53 +119,32 @@ def test_plain_step_in_bfloat16_multiplies_float32_weights(tiny, monkeypatch):
 # --- with a training that was prepared ------------------------------------------------------------
 
 
-@pytest.fixture
-def prepared(monkeypatch):
-    """train.py is not run; its run directory holds three log steps and two reports of graphs."""
-    def train_ours(told):
-        s, _, _ = parse(train.Settings, told)
+def test_what_is_told_of_a_run(tiny, tmp_path, monkeypatch, capsys):
+    """train.py is not run; its run directory holds four log steps and evaluations."""
+    def run(command):
+        s, _, _ = parse(train.Settings, command[2:])
         log = RunLog(s.out_dir)
         for step, loss, rate in ((1, 5.0, 10.0), (20, 4.0, 300.0), (40, 3.0, 100.0),
                                  (60, 2.0, 200.0)):
             log.measure(dict(step=step, loss=loss, tokens_per_second=rate,
                              peak_memory_bytes=2**20 * step))
             log.measure(dict(step=step, val_loss=9.0))
-        log.say('compiled graphs 5, graph breaks 0')
-        log.say('compiled graphs 7, graph breaks 1')
         log.close()
-        write_json(f'{s.out_dir}/summary.json', dict(compiled_graphs=7, graph_breaks=1))
-        return 0, 12.34
-    monkeypatch.setattr(bench, 'train_ours', train_ours)
-
-
-def test_what_is_told_of_a_run(tiny, tmp_path, prepared, monkeypatch, capsys):
+        return subprocess.CompletedProcess(command, 0)
+    monkeypatch.setattr(subprocess, 'run', run)
     monkeypatch.setattr(train, 'find_machine', lambda device, dtype: (
         Machine(torch.device('cpu'), torch.float32, 0, 1, 'a device', 1e9), []))
     assert bench.main(tiny(plain=False, json=tmp_path / 'r.json')) == 0
     r = json.loads((tmp_path / 'r.json').read_text())
-    ours = r['ours']
-    assert r['plain'] is None and ours['tokens_per_second'] == 200 and ours['late_loss'] == 2.5
-    assert ours['mfu'] == pytest.approx(200 * r['flops_a_token'] / 1e9)
-    assert (r['graphs'], r['recompilations'], r['graph_breaks']) == (7, 2, 1)
+    assert r['ours']['tokens_per_second'] == 200 and r['ours']['late_loss'] == 2.5
     told = capsys.readouterr().out
-    assert f'ours             200{ours["mfu"]:10.1%}      60.0 MiB      2.5000' in told
-    assert 'peak 1e+09 FLOP/s' in told and 'difference' not in told
-    assert 'after 12.3 s; 7 compiled graphs, 2 of them after it; 1 graph breaks' in told
-
-
-@pytest.mark.parametrize('error', [torch.OutOfMemoryError, RuntimeError])  # as the compiler says it
-def test_plain_step_that_does_not_fit_is_left_out(tiny, tmp_path, prepared, monkeypatch, capsys,
-                                                  error):
-    def runs_out(s, machine, data):
-        raise error('CUDA out of memory.')
-    monkeypatch.setattr(bench, 'train_plain', runs_out)
-    assert bench.main(tiny(json=tmp_path / 'r.json')) == 0
-    assert json.loads((tmp_path / 'r.json').read_text())['plain'] is None
-    assert 'plain step: left out, CUDA out of memory.' in capsys.readouterr().out
+    mfu = 200 * r['flops_a_token'] / 1e9
+    assert f'ours             200{mfu:10.1%}      60.0 MiB      2.5000' in told
+    assert 'plain' not in r and 'plain' not in told
 
 
 def test_failed_training_ends_it_with_its_code(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, 'train_ours', lambda told: (3, None))
+    monkeypatch.setattr(subprocess, 'run', lambda told: subprocess.CompletedProcess(told, 3))
     assert bench.main(tiny(json=tmp_path / 'r.json')) == 3
     assert not (tmp_path / 'r.json').exists()
 
@@ -180,23 +157,17 @@ def test_failed_training_ends_it_with_its_code(tiny, tmp_path, monkeypatch):
     (dict(profile='perhaps'), "profile='perhaps' is not a bool"),
     (dict(batchsize=2), "did you mean 'batch_size'?"),
     (dict(data_dir='nowhere'), 'folder nowhere does not exist'),
-    (dict(steps=-1), 'steps=-1 max_iters=8: at least 2 steps'),
-    (dict(max_iters=1, warmup_iters=0), 'steps=0 max_iters=1: at least 2 steps'),
+    (dict(steps=-1), 'max_iters=-1: must be at least 1'),
+    (dict(max_iters=0), 'max_iters=0: must be at least 1'),
     (dict(init_from='resume'), "init_from='resume'"),
-    (dict(json='nowhere/r.json'), "json='nowhere/r.json': cannot be written"),
 ])
 def test_refused(tiny, changes, words):
-    problem, = refusal(bench.main, tiny(**changes))
-    assert words in problem
+    assert any(words in problem for problem in refusal(bench.main, tiny(**changes)))
 
 
-def test_all_problems_are_told_at_once(tiny, monkeypatch):
-    monkeypatch.setenv('WORLD_SIZE', '2')
-    problems = refusal(bench.main, tiny(steps='x', n_layer=0, batchsize=2))
-    for words in ("steps='x'", 'n_layer=0', 'batchsize', 'without torchrun'):
-        assert any(words in problem for problem in problems), words
-    problems = refusal(bench.main, tiny(steps=3, max_iters=0))
-    assert 'max_iters=0: must be at least 1' in problems
+def test_a_single_step_is_told_too(tiny, capsys):
+    assert bench.main(tiny(steps=1, warmup_iters=0)) == 0
+    assert 'plain step 1/1' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('told, expected', [
@@ -209,10 +180,10 @@ def test_all_problems_are_told_at_once(tiny, monkeypatch):
     (['config/quickstart.py'], dict(max_iters=1000, prune_start=300)),
 ])
 def test_short_runs_keep_the_shape_of_their_schedules(told, expected):
-    _, told, problems = bench.understood(told)
-    s, more, typed = parse(train.Settings, told)
+    _, _, told = bench.understood(told)
+    s, problems, typed = parse(train.Settings, told)
     assert {key: getattr(s, key) for key in expected} == expected
-    assert problems + more + check(s, typed) == []
+    assert problems + check(s, typed) == []
 
 
 def test_help_tells_the_settings_of_both(capsys):
@@ -233,7 +204,6 @@ def test_compiled_on_a_gpu(tiny, tmp_path, capsys):
                 max_iters=20, profile=True, json=tmp_path / 'r.json')
     assert bench.main(told) == 0
     r = json.loads((tmp_path / 'r.json').read_text())
-    assert r['graphs'] > 0 and r['recompilations'] == r['graph_breaks'] == 0
     assert abs(r['ours']['late_loss'] - r['plain']['late_loss']) < 0.05
     assert 0 < r['ours']['peak_memory_bytes'] < r['plain']['peak_memory_bytes']
     assert 'Self CUDA %' in capsys.readouterr().out
