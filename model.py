@@ -2,7 +2,7 @@
 
 Shapes: B rows, T tokens, C width (n_embd), H heads, K key heads, D head width (C / H), L latent
 width, R rotary numbers of a head, S places of a cache, V padded vocabulary. Matrices may be
-bfloat16 while vectors stay float32: activations have the matrices' type, and whatever a vector
+bfloat16 beside vectors in float32: activations have the matrices' type, and whatever a vector
 touches is computed in float32.
 """
 import math
@@ -16,6 +16,7 @@ import torch._functorch.config
 import torch.nn as nn
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend
 
 from kernels import float8
 from kernels.loss import ChunkedCrossEntropy, chunked_loss, fastest_chunk, loss_chunk
@@ -40,7 +41,6 @@ class GPTConfig:
     n_kv_head: int = 0  # of multi-head attention; 0: n_head
     positions: str = 'learned'
     latent_dim: int = 128  # of latent attention
-    latent_rotary: int = 0  # of latent attention; 0 with rotary positions: half of the head width
     ra_alpha: float = 0.0
     ra_window: int = 64
     ra_learned: bool = False
@@ -59,8 +59,6 @@ class GPTConfig:
     @property
     def rotary_width(self):
         """Numbers of each head's queries and keys that rotary embedding turns."""
-        if self.attention == 'mla' and self.latent_rotary:
-            return self.latent_rotary
         if self.positions == 'learned':
             return 0
         return self.head_width // 2 if self.attention == 'mla' else self.head_width
@@ -76,7 +74,7 @@ class GPTConfig:
         return self.reciprocal and 0 <= self.ra_window < self.block_size - 1
 
     def check(self):
-        """ValueError for what would be another model than asked for, or fail with riddles."""
+        """ValueError for what would be another model than asked for."""
         for name, choices in (('attention', ATTENTIONS), ('positions', POSITIONS)):
             value = getattr(self, name)
             if value not in choices:
@@ -84,9 +82,6 @@ class GPTConfig:
         if self.n_embd % self.n_head or self.n_head % (self.n_kv_head or self.n_head):
             raise ValueError(f'n_embd={self.n_embd} n_head={self.n_head} n_kv_head='
                              f'{self.n_kv_head}: each must be a multiple of the next')
-        if self.rotary_width < 0 or self.rotary_width % 2:
-            raise ValueError(f'positions={self.positions!r} latent_rotary={self.latent_rotary}: '
-                             f'{self.rotary_width} rotary numbers a head, which must be even')
 
 
 def model_config(settings, vocab_size):
@@ -114,13 +109,6 @@ class LayerNorm(nn.LayerNorm):
         return super().forward(x.to(self.weight.dtype)).to(x.dtype)
 
 
-class RMSNorm(nn.RMSNorm):
-    """x / root mean square, times a gain (arXiv 1910.07467), in the gain's (float32) precision."""
-
-    def forward(self, x):
-        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
-
-
 def gelu(x):
     """GPT-2's tanh form, x (1 + tanh u) / 2.
 
@@ -136,28 +124,17 @@ def gelu(x):
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.dropout = config.dropout
         self.fp8 = config.fp8
         self.fc = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x):  # (B, T, C)
         if self.fp8 and torch.is_grad_enabled():  # evaluation is in the matrices' own type
-            y = float8.Float8MLP.apply(x, self.fc.weight, self.proj.weight)
-        else:
-            y = self.proj(recomputed(gelu, self.fc(x)))
-        return F.dropout(y, self.dropout, self.training)
+            return float8.Float8MLP.apply(x, self.fc.weight, self.proj.weight)
+        return self.proj(recomputed(gelu, self.fc(x)))
 
 
-# --- positions ------------------------------------------------------------------------------------
-
-
-class Places(NamedTuple):
-    """Where the tokens of a forward pass stand, the same for all layers."""
-    positions: Tensor | None  # (B, T) int64; None: 0 ... T - 1 in each row
-    cos: Tensor | None  # (B or 1, T, 1, R / 2) of the rotary angles; None: nothing turns
-    sin: Tensor | None
-    visible: Tensor | None  # (B, 1, T, S) bool, places of a cache; None: causal
+# --- attention ------------------------------------------------------------------------------------
 
 
 # An operation of its own: the compiler would move the cosines into the kernels that use them, which
@@ -173,8 +150,7 @@ def rotary_angles(positions: Tensor, R: int, dtype: torch.dtype) -> tuple[Tensor
 
 @rotary_angles.register_fake
 def _(positions, R, dtype):
-    B, T = positions.shape
-    cos = positions.new_empty(B, T, 1, R // 2, dtype=dtype)
+    cos = positions.new_empty(*positions.shape, 1, R // 2, dtype=dtype)
     return cos, torch.empty_like(cos)
 
 
@@ -189,90 +165,91 @@ def rotated(x, cos, sin):
     return torch.cat([fixed, turned_first, turned_second], -1)
 
 
-# --- attention ------------------------------------------------------------------------------------
+class Places(NamedTuple):
+    """Where the tokens of a forward pass stand, the same for all layers."""
+    cos: Tensor | None = None  # (B or 1, T, 1, R / 2) of the rotary angles; None: nothing turns
+    sin: Tensor | None = None
+    positions: Tensor | None = None  # (B, T) int64, places of a cache
+    visible: Tensor | None = None  # (B, 1, T, S) bool, the places that a token sees
 
 
-def initial_alpha(config):
-    """Weight of the reciprocal term: learned (H,), fixed, or None where there is no term."""
-    if config.ra_learned:
-        return nn.Parameter(torch.full((config.n_head,), config.ra_alpha))
-    return config.ra_alpha or None
+class CausalAttention(nn.Module):
+    """What both attentions share: the softmax over a whole text, with its reciprocal term."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.dropout = config.dropout
+        self.window = config.ra_window
+        self.alpha = config.ra_alpha or None  # weight of the reciprocal term; None: there is none
+        if config.ra_learned:
+            self.alpha = nn.Parameter(torch.full((config.n_head,), config.ra_alpha))
+
+    def attend(self, q, k, v):
+        """Causal attention of q (B, H, T, D) to k, v (B, K, T, D) -> (B, H, T, D)."""
+        dropout = self.dropout if self.training else 0.0
+        if self.alpha is not None:
+            return reciprocal_attention(q, k, v, self.alpha, self.window, dropout)
+        grouped = k.size(1) < q.size(1)
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True,
+                                              enable_gqa=grouped)
 
 
-def attend(q, k, v, alpha, window, dropout):
-    """Causal attention of q (B, H, T, D) to k, v (B, K, T, D) -> (B, H, T, D)."""
-    if alpha is not None:
-        return reciprocal_attention(q, k, v, alpha, window, dropout)
-    grouped = k.size(1) < q.size(1)
-    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True,
-                                          enable_gqa=grouped)
-
-
-def attend_to_cache(q, cache, visible, scale=None):
-    """Attention of q (B, H, T, width) to the visible places of K heads -> (B, H, T, width).
+def attend_to_cache(q, keys, values, visible, scale=None):
+    """Attention of q (B, H, T, width) to the visible of (B, K, S, width) -> (B, H, T, width).
 
     Heads that share a key head become more queries of it: nothing is copied for them.
     """
     B, H, T, _ = q.shape
-    K = cache.keys.size(1)
+    K = keys.size(1)
     q = q.reshape(B, K, H // K * T, -1)
     visible = visible.repeat(1, 1, H // K, 1)  # (B, 1, H / K T, S)
-    y = F.scaled_dot_product_attention(q, cache.keys, cache.values, visible, scale=scale)
+    y = F.scaled_dot_product_attention(q, keys, values, visible, scale=scale)
     return y.reshape(B, H, T, -1)
 
 
-class Attention(nn.Module):
+class Attention(CausalAttention):
     """Multi-head attention; with fewer key heads than heads, grouped-query (arXiv 2305.13245)."""
 
     def __init__(self, config):
-        super().__init__()
-        key_heads = config.n_kv_head or config.n_head
-        self.heads = [config.n_head, key_heads, key_heads]  # of q, k and v
-        self.head_width = config.head_width
-        self.rotary = config.rotary_width > 0
-        self.dropout = config.dropout
-        self.window = config.ra_window
-        self.qkv = Linear(config.n_embd, sum(self.heads) * self.head_width, bias=config.bias)
+        super().__init__(config)
+        D = config.head_width
+        K = config.n_kv_head or config.n_head
+        self.head_width = D
+        self.heads = [config.n_head, K, K]  # of q, k and v
+        self.cached = (K, D, D)  # key heads, widths of keys and values
+        self.qkv = Linear(config.n_embd, sum(self.heads) * D, bias=config.bias)
         self.proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.alpha = initial_alpha(config)
-
-    def new_cache(self, rows, places):
-        shape = (rows, self.heads[1], places, self.head_width)
-        return Cache(self.qkv.weight.new_zeros(shape), self.qkv.weight.new_zeros(shape))
 
     def forward(self, x, places, cache=None):
         B, T, C = x.shape
         heads = self.qkv(x).view(B, T, -1, self.head_width)
         q, k, v = heads.split(self.heads, 2)  # (B, T, H, D), (B, T, K, D) twice
-        if self.rotary:
+        if places.cos is not None:
             q = rotated(q, places.cos, places.sin)
             k = rotated(k, places.cos, places.sin)
         q = q.transpose(1, 2)  # (B, H, T, D)
         k = k.transpose(1, 2)
         v = v.transpose(1, 2)
-        if cache is not None:
-            cache.extend(k, v, places.positions)
-        if places.visible is None:
-            dropout = self.dropout if self.training else 0.0
-            y = attend(q, k, v, self.alpha, self.window, dropout)
+        if cache is None:
+            y = self.attend(q, k, v)
         else:
-            y = attend_to_cache(q, cache, places.visible)
-        y = self.proj(y.transpose(1, 2).reshape(B, T, C))
-        return F.dropout(y, self.dropout, self.training)
+            keys, values = cache.extend(k, v, places.positions)
+            y = attend_to_cache(q, keys, values, places.visible)
+        return self.proj(y.transpose(1, 2).reshape(B, T, C))
 
 
-class LatentAttention(nn.Module):
+class LatentAttention(CausalAttention):
     """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1).
 
     All heads share c^K = norm(x W_dk) and c^V = norm(x W_dv), each (T, L). Head h has keys
-    c^K A_h^T and values c^V U_h, with A_h (D, L), U_h (L, D). A whole text expands them, so that
-    fused kernels serve; decoding multiplies A and U from the other side, (q_h A_h) . c^K, so that
-    the cache holds latents alone. With a rotary part (section 2.1.3) the last R numbers of queries
+    c^K A_h^T and values c^V U_h, with A_h (D, L), U_h (L, D). Training expands them, so that fused
+    kernels serve; decoding multiplies A and U from the other side, (q_h A_h) . c^K, so that the
+    cache holds latents alone. With rotary positions (section 2.1.3) the last R numbers of queries
     and keys are rotary instead; the keys' come straight from x and are the same in all heads.
     """
 
     def __init__(self, config):
-        super().__init__()
+        super().__init__(config)
         C = config.n_embd
         D = config.head_width
         L = config.latent_dim
@@ -280,28 +257,22 @@ class LatentAttention(nn.Module):
         self.n_head = config.n_head
         self.rotary = R
         self.widths = [C, L, R, L]  # of queries, key latents, rotary keys, value latents
-        self.dropout = config.dropout
-        self.window = config.ra_window
+        self.cached = (1, L + R, L)
         self.down = Linear(C, sum(self.widths), bias=config.bias)  # one product is faster than four
         self.key_up = Linear(L, config.n_head * (D - R), bias=False)  # A
         self.value_up = Linear(L, config.n_head * D, bias=False)  # U
-        self.key_norm = RMSNorm(L, eps=1e-5)
-        self.value_norm = RMSNorm(L, eps=1e-5)
+        self.key_norm = nn.RMSNorm(L, eps=1e-5)  # arXiv 1910.07467
+        self.value_norm = nn.RMSNorm(L, eps=1e-5)
         self.proj = Linear(C, C, bias=config.bias)
-        self.alpha = initial_alpha(config)
-
-    def new_cache(self, rows, places):
-        _, L, R, _ = self.widths
-        zeros = self.down.weight.new_zeros
-        return Cache(zeros(rows, 1, places, L + R), zeros(rows, 1, places, L))
 
     def latents(self, projected, cos, sin):
         """projected (B, T, C + L + R + L) -> q (B, T, H, D), and as the cache holds them, of one
         head: keys (B, T, 1, L + R), c^K and the rotary part, and values c^V (B, T, 1, L)."""
         q, key, rotary_key, value = projected.split(self.widths, -1)
         q = q.unflatten(-1, (self.n_head, -1))
-        key = self.key_norm(key)[:, :, None]
-        value = self.value_norm(value)[:, :, None]
+        exact = self.key_norm.weight.dtype
+        key = self.key_norm(key.to(exact)).to(q.dtype)[:, :, None]
+        value = self.value_norm(value.to(exact)).to(q.dtype)[:, :, None]
         if self.rotary:
             q = rotated(q, cos, sin)
             key = rotated(torch.cat([key, rotary_key[:, :, None]], -1), cos, sin)
@@ -317,31 +288,25 @@ class LatentAttention(nn.Module):
             keys = torch.cat([keys, rotary_key.expand(*q.shape[:3], -1)], -1)
         return q.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2)
 
-    def absorbed(self, q):
-        """Queries (B, T, H, D) -> (B, H, T, L + R), which multiply keys as they are cached."""
-        content, turned = q.split([q.size(-1) - self.rotary, self.rotary], -1)
-        A = self.key_up.weight.unflatten(0, (self.n_head, -1))  # (H, D - R, L)
-        latent = torch.einsum('bthd,hdl->bhtl', content, A)
-        return torch.cat([latent, turned.transpose(1, 2)], -1)
-
     def forward(self, x, places, cache=None):
         B, T, C = x.shape
         projected = self.down(x)
-        if cache is not None:
-            q, key, value = self.latents(projected, places.cos, places.sin)
-            cache.extend(key.transpose(1, 2), value.transpose(1, 2), places.positions)
-        if places.visible is None:
+        if cache is None:
             # Expanding again in the backward is cheap; what it makes is larger than the latents.
-            q, k, v = recomputed(self.expanded, projected, places.cos, places.sin)
-            dropout = self.dropout if self.training else 0.0
-            y = attend(q, k, v, self.alpha, self.window, dropout)
+            y = self.attend(*recomputed(self.expanded, projected, places.cos, places.sin))
         else:
-            scale = q.size(-1) ** -0.5
-            y = attend_to_cache(self.absorbed(q), cache, places.visible, scale)
+            q, key, value = self.latents(projected, places.cos, places.sin)
+            keys, values = cache.extend(key.transpose(1, 2), value.transpose(1, 2),
+                                        places.positions)
+            A = self.key_up.weight.unflatten(0, (self.n_head, -1))  # (H, D - R, L)
             U = self.value_up.weight.unflatten(0, (self.n_head, -1))  # (H, D, L)
+            content, turned = q.split([A.size(1), self.rotary], -1)
+            latent = torch.einsum('bthd,hdl->bhtl', content, A)
+            absorbed = torch.cat([latent, turned.transpose(1, 2)], -1)  # (B, H, T, L + R)
+            scale = q.size(-1) ** -0.5
+            y = attend_to_cache(absorbed, keys, values, places.visible, scale)
             y = torch.einsum('bhtl,hdl->bhtd', y, U)
-        y = self.proj(y.transpose(1, 2).reshape(B, T, C))
-        return F.dropout(y, self.dropout, self.training)
+        return self.proj(y.transpose(1, 2).reshape(B, T, C))
 
 
 ATTENTIONS = {'mha': Attention, 'mla': LatentAttention}
@@ -350,8 +315,8 @@ ATTENTIONS = {'mha': Attention, 'mla': LatentAttention}
 def attention_backend(config, batch_size, device, dtype):
     """Name of the kernel that runs this model's attention here; 'math' is unfused.
 
-    Asks PyTorch's own dispatcher with tensors of the real shapes, so it is what runs. 'flex' is
-    taken to be compiled with the model.
+    PyTorch's own dispatcher names it for tensors of the real shapes. 'flex' is that of the compiled
+    model: the window of one that is not compiled is 'math' on a GPU too.
     """
     if config.windowed:
         device_type = torch.device(device).type
@@ -362,9 +327,8 @@ def attention_backend(config, batch_size, device, dtype):
     shape = (batch_size, config.block_size, H + 2 * K, D)
     heads = torch.empty(shape, device=device, dtype=dtype, requires_grad=True)
     q, k, v = (part.transpose(1, 2) for part in heads.split([H, K, K], 2))
-    choice = int(torch._fused_sdp_choice(q, k, v, None, config.dropout, True, enable_gqa=K < H))
-    names = {0: 'math', 1: 'flash', 2: 'memory-efficient', 3: 'cudnn'}  # SDPBackend of torch
-    return names.get(choice, f'unknown ({choice})')
+    choice = torch._fused_sdp_choice(q, k, v, None, config.dropout, True, enable_gqa=K < H)
+    return SDPBackend(choice).name.lower().removesuffix('_attention')
 
 
 # --- the model ------------------------------------------------------------------------------------
@@ -373,14 +337,15 @@ def attention_backend(config, batch_size, device, dtype):
 class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
+        self.dropout = nn.Dropout(config.dropout)
         self.norm_1 = LayerNorm(config.n_embd, bias=config.bias)
         self.attention = ATTENTIONS[config.attention](config)
         self.norm_2 = LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
     def forward(self, x, places, cache=None):  # (B, T, C)
-        x = x + self.attention(self.norm_1(x), places, cache)
-        return x + self.mlp(self.norm_2(x))
+        x = x + self.dropout(self.attention(self.norm_1(x), places, cache))
+        return x + self.dropout(self.mlp(self.norm_2(x)))
 
 
 class GPT(nn.Module):
@@ -397,50 +362,40 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = LayerNorm(config.n_embd, bias=config.bias)
         for name, p in self.named_parameters():
+            std = 0.02
+            if name.endswith('proj.weight'):  # the residual stream sums 2 n_layer of them: keep its
+                std /= math.sqrt(2 * config.n_layer)  # variance (GPT-2, section 2.3)
+            elif name.endswith('_up.weight'):  # keys and values spread as GPT-2's, whose C inputs
+                std *= math.sqrt(config.n_embd / config.latent_dim)  # have variance 1 too
             if p.dim() == 2:
-                nn.init.normal_(p, std=self.initial_std(name))
+                nn.init.normal_(p, std=std)
             elif name.endswith('bias'):
                 nn.init.zeros_(p)
 
-    def initial_std(self, name):
-        """Standard deviation of a new matrix."""
-        if name.endswith('proj.weight'):  # the residual stream sums 2 n_layer of them: keep its
-            return 0.02 / math.sqrt(2 * self.config.n_layer)  # variance (GPT-2, section 2.3)
-        if name.endswith('_up.weight'):  # keys and values spread as GPT-2's, whose C inputs have
-            return 0.02 * math.sqrt(self.config.n_embd / self.config.latent_dim)  # variance 1 too
-        return 0.02
-
-    def places(self, idx, positions, cache):
-        """The Places of tokens idx (B, T); see hidden."""
-        cos = sin = visible = None
-        if self.config.rotary_width:
-            index = positions
-            if positions is None:
-                index = torch.arange(idx.size(1), device=idx.device)[None]  # (1, T)
-            exact = torch.promote_types(self.token_embedding.weight.dtype, torch.float32)
-            cos, sin = rotary_angles(index, self.config.rotary_width, exact)
-        if positions is not None:
-            place = torch.arange(cache[0].keys.size(2), device=idx.device)
-            visible = place <= positions[:, None, :, None]
-        return Places(positions, cos, sin, visible)
-
     def hidden(self, idx, positions=None, cache=None):
-        """Tokens (B, T) -> the final normalised residual stream (B, T, C). T <= block_size.
+        """Tokens (B, T) -> the final normalised residual stream (B, T, C).
 
-        With a cache, of new_cache, it reads the tokens too: at positions (B, T), after what stands
-        there before them; without positions at 0 ... T - 1, after nothing.
+        With a cache, of new_cache, they stand at positions (B, T) of it, after what it holds.
         """
+        c = self.config
         T = idx.size(1)
-        if T > self.config.block_size:
-            raise ValueError(f'{T} tokens do not fit in block_size={self.config.block_size}')
-        if positions is not None and cache is None:
-            raise ValueError('positions are those of a cache; give one, or no positions')
+        if T > c.block_size:
+            raise ValueError(f'{T} tokens do not fit in block_size={c.block_size}')
         x = self.token_embedding(idx)  # (B, T, C)
-        if self.config.positions == 'learned':
+        if c.positions == 'learned':
             embedding = self.position_embedding
             x = x + (embedding.weight[:T] if positions is None else embedding(positions))
-        x = F.dropout(x, self.config.dropout, self.training)
-        places = self.places(idx, positions, cache)
+        x = F.dropout(x, c.dropout, self.training)
+        cos = sin = visible = None
+        if cache:
+            place = torch.arange(cache[0].keys.size(2), device=idx.device)  # (S,)
+            visible = place <= positions[:, None, :, None]
+        elif c.rotary_width:
+            positions = torch.arange(T, device=idx.device)[None]  # (1, T)
+        if c.rotary_width:
+            exact = torch.promote_types(self.token_embedding.weight.dtype, torch.float32)
+            cos, sin = rotary_angles(positions, c.rotary_width, exact)
+        places = Places(cos, sin, positions, visible)
         for n, block in enumerate(self.blocks):
             x = block(x, places, cache[n] if cache else None)
         return self.norm(x)
@@ -468,8 +423,7 @@ class GPT(nn.Module):
                      one_chunk)
         if training:
             return ChunkedCrossEntropy.apply(*arguments)
-        loss, _ = chunked_loss(*arguments)
-        return loss
+        return chunked_loss(*arguments)[0]
 
     def new_cache(self, rows):
         """An empty Cache for each layer, for `rows` texts of block_size tokens.
@@ -477,15 +431,17 @@ class GPT(nn.Module):
         2 C numbers a token and layer, C times 2 K / H of grouped queries, 2 L + R of latents.
         """
         if self.config.reciprocal:
-            raise ValueError(f'ra_alpha={self.config.ra_alpha} ra_learned={self.config.ra_learned}'
-                             ': reciprocal attention has no cache; read the whole text instead')
-        return [block.attention.new_cache(rows, self.config.block_size) for block in self.blocks]
+            raise ValueError('reciprocal attention has no cache; read the whole text instead')
+        S = self.config.block_size
+        heads, key_width, value_width = self.blocks[0].attention.cached
+        zeros = self.token_embedding.weight.new_zeros
+        return [Cache(zeros(rows, heads, S, key_width), zeros(rows, heads, S, value_width))
+                for _ in self.blocks]
 
     def compile_parts(self):
         """Compile the blocks and, where there is no kernel for it, the loss of a chunk.
 
-        Each is a graph of its own: in one graph the compiler schedules the head's matrix products
-        of all chunks first and holds all logits.
+        One graph for both would hold all logits: the compiler puts the head's products first.
         """
         # Float8's is traced whole, so nothing of it is missing in the key of the compile cache.
         torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
@@ -500,15 +456,14 @@ class GPT(nn.Module):
         self.loss_chunk = loss_chunk
 
     def parameter_count(self):
-        """All parameters, the embedding's padded rows included, the tied head counted once."""
+        """All of them, with the embedding's padded rows, the tied head counted once."""
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self):
         """FLOPs of forward and backward, one token.
 
-        6 a weight that multiplies + 12 L C T for attention (PaLM, arXiv 2204.02311, appendix B),
-        and 6 L C for each token in the window of RA. Position embeddings only add; the tied
-        embedding multiplies as the head. MLA is counted as it trains, expanded.
+        6 a weight that multiplies (position embeddings only add, the head's do) + 12 n_layer C T
+        for attention (PaLM, arXiv 2204.02311, appendix B), + 6 n_layer C a token in RA's window.
         """
         c = self.config
         multiplying = self.parameter_count()
@@ -529,10 +484,9 @@ def load_model(run_dir, checkpoint):
     checkpoint: 'best' or 'last'. Refused if there is none, or another version's weights in it.
     """
     path = os.path.join(run_dir, f'{checkpoint}.pt')
-    if not os.path.exists(path) and os.path.exists(os.path.join(run_dir, 'last.pt')):
-        raise Refused(f'{path} is not there: it is written at the first evaluation after step 0 '
-                      'that beats those before, of a pruned run from prune_end on; use '
-                      '--checkpoint=last')
+    if not os.path.exists(path):
+        raise Refused(f'no checkpoint {path}; check the folder, or use --checkpoint=last: best.pt '
+                      'is of the best evaluation, in a pruned run from prune_end on')
     saved = load_checkpoint(path)
     known = {f.name for f in fields(GPTConfig)}
     if differing := sorted(known ^ saved['model'].keys()):
@@ -544,6 +498,6 @@ def load_model(run_dir, checkpoint):
         model = GPT(GPTConfig(**told))
         model.load_state_dict({name: weight.float() for name, weight in weights.items()})
     except (ValueError, RuntimeError) as error:  # other shapes, or other names
-        lines = ' '.join(line.strip() for line in str(error).splitlines())
-        raise Refused(f'{path} does not fit this model.py: {lines[:300]}') from None
+        reason = ' '.join(str(error).split())[:300]
+        raise Refused(f'{path} does not fit this model.py: {reason}') from None
     return model.eval(), saved
