@@ -517,9 +517,9 @@ def read_settings(argv):
 def prepare_run(argv):
     """A Run ready to train, as the command line wants it. Refused: impossible; Stop: finished."""
     s, machine, data = read_settings(argv)
-    if preflight.is_finished(s):
+    saved = preflight.checkpoint_to_resume(s, data)  # that it is the same run is checked first
+    if saved and preflight.is_finished(s):
         raise Stop('finished', 0, f'{s.out_dir} holds this run, finished; nothing to do')
-    saved = preflight.checkpoint_to_resume(s, data)
     if s.deterministic:
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # cuBLAS repeats itself with it
     if machine.device.type == 'cuda':

@@ -111,8 +111,6 @@ def check_out_dir(s, bytes_needed):
 
 def is_finished(s):
     """True if out_dir already holds this run with all its updates done."""
-    if starts_anew(s):
-        return False
     summary = read_json(os.path.join(s.out_dir, 'summary.json'))
     if not summary:
         return False

@@ -355,3 +355,9 @@ def test_deterministic_gpu_run_repeats_and_resumes_to_the_bit(tiny, tmp_path, mo
         assert_same_run(tmp_path / 'straight', tmp_path / 'split')
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def test_finished_run_of_other_settings_is_refused_not_called_done(tiny, tmp_path):
+    assert train.main(tiny()) == 0
+    problems = refusal(train.main, tiny(init_from='auto', seed=99, n_layer=1))
+    assert [problem.split(':')[0] for problem in problems] == ['seed=99', 'n_layer=1']
