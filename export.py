@@ -189,8 +189,28 @@ def pretrained_problems(settings, data):
 TOLERANCE = 1e-4  # of the logits' standard deviation; rounding in float32 makes about 1e-6
 
 
+PROMPTS = (
+    'The theory of evolution explains how species change over time.',
+    'In 1969, two men walked on the Moon; a third one waited in orbit.',
+    '"Are you sure?" she asked. He wasn\'t, but he nodded.',
+)
+
+
+def prompts_of(config, tokenizer_name):
+    """[(1, T) tokens]: PROMPTS, as far as their tokenizer can be had, and random ones that fill a
+    whole context."""
+    generator = torch.Generator().manual_seed(0)
+    random = torch.randint(config.vocab_size, (1, config.block_size), generator=generator)
+    try:
+        tokenizer = get_tokenizer(tokenizer_name)
+    except Refused:
+        return [random]
+    texts = [tokenizer.encode(text)[:config.block_size] for text in PROMPTS]
+    return [random, *(torch.tensor([text]) for text in texts)]
+
+
 @torch.inference_mode()
-def compare_logits(folder, model):
+def compare_logits(folder, model, prompts):
     """Say how near the logits of `model` are to those of transformers' GPT-2 with the files in
     `folder`; Refused if they are not."""
     try:
@@ -199,16 +219,16 @@ def compare_logits(folder, model):
         print('logits: NOT COMPARED with anything; for that, pip install transformers')
         return
     theirs = transformers.GPT2LMHeadModel.from_pretrained(folder).float().eval()
-    T = model.config.block_size
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(model.config.vocab_size, (1, T), generator=generator)
-    logits = model(tokens)  # (1, T, vocab_size)
-    difference = ((logits - theirs(tokens).logits).abs().max() / logits.std()).item()
+    differences = []
+    for tokens in prompts:
+        logits = model(tokens)  # (1, T, vocab_size)
+        differences.append((logits - theirs(tokens).logits).abs().max() / logits.std())
+    difference = torch.stack(differences).max().item()
     told = f'{difference:.1e} standard deviations from transformers {transformers.__version__}'
     if not difference <= TOLERANCE:  # NaN is a difference
         raise Refused(f'the logits differ by {told}: this model computes something GPT-2 does not, '
                       'which the format cannot hold; compare its attention, activation and norms')
-    print(f'logits: at most {told}, on {T} random tokens')
+    print(f'logits: at most {told}, on random tokens and {len(prompts) - 1} prompts')
 
 
 def write_model(folder, config, weights, dtype):
@@ -256,7 +276,7 @@ def export(model, tokenizer_name, out_dir, dtype):
 
     def write(folder):
         write_model(folder, config, weights, dtype)
-        compare_logits(folder, model)
+        compare_logits(folder, model, prompts_of(config, tokenizer_name))
         if tokenizer_name == 'bytes':
             print('no tokenizer files: a token is a byte, 256 ends a document')
             return

@@ -57,6 +57,9 @@ def write_folder(path, write):
     os.makedirs(temporary)
     try:
         write(temporary)
+        for name in os.listdir(temporary):
+            with open(os.path.join(temporary, name), 'rb') as f:
+                os.fsync(f.fileno())
         os.rename(temporary, path)
     except BaseException:
         shutil.rmtree(temporary)

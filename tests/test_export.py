@@ -114,7 +114,7 @@ def test_run_to_transformers_and_back(trained, bias, capsys):
     for name in weights.keys() - model.state_dict().keys():
         assert name.endswith('.bias') and not weights[name].any(), name
     assert 'hf: last.pt of step 8 in float32\n' in said
-    assert f'transformers {transformers.__version__}, on 32 random tokens' in said
+    assert f'transformers {transformers.__version__}, on random tokens and 3 prompts' in said
     assert 'no tokenizer files: a token is a byte, 256 ends a document' in said
     assert set(os.listdir(out)) == {'config.json', 'model.safetensors'}
 
