@@ -312,17 +312,23 @@ def save_best(run):
     save_checkpoint(path, {**identity(run), 'weights': weights})
 
 
+def parameters_of(run):
+    """{name: Parameter} as the optimizer has them."""
+    named = {}
+    for flat in run.flats:
+        named.update(flat.parameters)
+    return named
+
+
 def weights_of(run):
     """{name: float32 master} of all parameters, 0 where pruned."""
-    return {name: p.detach() for flat in run.flats for name, p in flat.parameters.items()}
+    return {name: p.detach() for name, p in parameters_of(run).items()}
 
 
 def named_masks(run):
-    """{name: bool tensor, True = keep} of the pruned matrices."""
-    if not run.pruner:
-        return {}
-    names = {p: name for flat in run.flats for name, p in flat.parameters.items()}
-    return {names[p]: mask for p, mask in run.pruner.masks.items()}
+    """{name: bool tensor, True = keep} of the matrices that are pruned."""
+    masks = run.pruner.masks
+    return {name: masks[p] for name, p in parameters_of(run).items() if p in masks}
 
 
 def sparsity(run):

@@ -1,4 +1,5 @@
 """What the README promises to whoever changes the code: its four diffs, and a copied train.py."""
+import ast
 import pathlib
 import re
 import shutil
@@ -126,3 +127,21 @@ def test_no_import_inside_a_function_of_our_own_files():
         for line in pathlib.Path(path).read_text().splitlines():
             if found := re.match(r'\s+(?:from|import) (\w+)', line):
                 assert found[1] not in own, f'{path}: {line}'
+
+
+def test_source_is_plain():
+    """No long function, no comprehension that must be read twice, no assert that guards input."""
+    faults = []
+    for path in count_lines.SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            place = f'{path.relative_to(HOME)}:{getattr(node, "lineno", 0)}'
+            if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= 65:
+                faults.append(f'{place}: {node.name} is long')
+            if isinstance(node, (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)):
+                if len(node.generators) > 1 or len(node.generators[0].ifs) > 1:
+                    faults.append(f'{place}: more than one for or if in a comprehension')
+            if isinstance(node, ast.IfExp) and isinstance(node.orelse, ast.IfExp):
+                faults.append(f'{place}: a chain of conditional expressions')
+            if isinstance(node, ast.Assert):
+                faults.append(f'{place}: assert')
+    assert faults == []
