@@ -86,9 +86,8 @@ class GPTConfig:
 
 def model_config(settings, vocab_size):
     """The GPTConfig that the settings describe, of the fields that they have."""
-    known = [f.name for f in fields(GPTConfig)]
-    told = {name: value for name, value in vars(settings).items() if name in known}
-    return GPTConfig(vocab_size=vocab_size, **told)
+    told = {**vars(settings), 'vocab_size': vocab_size}
+    return GPTConfig(**{f.name: told[f.name] for f in fields(GPTConfig) if f.name in told})
 
 
 # --- layers ---------------------------------------------------------------------------------------
@@ -194,15 +193,16 @@ class CausalAttention(nn.Module):
                                               enable_gqa=grouped)
 
 
-def attend_to_cache(q, keys, values, visible, scale=None):
-    """Attention of q (B, H, T, width) to the visible of (B, K, S, width) -> (B, H, T, width).
+def attend_to_cache(q, k, v, cache, places, scale=None):
+    """Attention of q (B, H, T, width) to a cache, with new k, v (B, K, T, width) -> as q.
 
     Heads that share a key head become more queries of it: nothing is copied for them.
     """
     B, H, T, _ = q.shape
-    K = keys.size(1)
+    K = k.size(1)
+    keys, values = cache.extend(k, v, places.positions)  # (B, K, S, width)
     q = q.reshape(B, K, H // K * T, -1)
-    visible = visible.repeat(1, 1, H // K, 1)  # (B, 1, H / K T, S)
+    visible = places.visible.repeat(1, 1, H // K, 1)  # (B, 1, H / K T, S)
     y = F.scaled_dot_product_attention(q, keys, values, visible, scale=scale)
     return y.reshape(B, H, T, -1)
 
@@ -227,14 +227,11 @@ class Attention(CausalAttention):
         if places.cos is not None:
             q = rotated(q, places.cos, places.sin)
             k = rotated(k, places.cos, places.sin)
-        q = q.transpose(1, 2)  # (B, H, T, D)
-        k = k.transpose(1, 2)
-        v = v.transpose(1, 2)
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # (B, H, T, D), (B, K, T, D) twice
         if cache is None:
             y = self.attend(q, k, v)
         else:
-            keys, values = cache.extend(k, v, places.positions)
-            y = attend_to_cache(q, keys, values, places.visible)
+            y = attend_to_cache(q, k, v, cache, places)
         return self.proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -296,15 +293,13 @@ class LatentAttention(CausalAttention):
             y = self.attend(*recomputed(self.expanded, projected, places.cos, places.sin))
         else:
             q, key, value = self.latents(projected, places.cos, places.sin)
-            keys, values = cache.extend(key.transpose(1, 2), value.transpose(1, 2),
-                                        places.positions)
             A = self.key_up.weight.unflatten(0, (self.n_head, -1))  # (H, D - R, L)
             U = self.value_up.weight.unflatten(0, (self.n_head, -1))  # (H, D, L)
             content, turned = q.split([A.size(1), self.rotary], -1)
             latent = torch.einsum('bthd,hdl->bhtl', content, A)
             absorbed = torch.cat([latent, turned.transpose(1, 2)], -1)  # (B, H, T, L + R)
-            scale = q.size(-1) ** -0.5
-            y = attend_to_cache(absorbed, keys, values, places.visible, scale)
+            y = attend_to_cache(absorbed, key.transpose(1, 2), value.transpose(1, 2), cache, places,
+                                scale=q.size(-1) ** -0.5)
             y = torch.einsum('bhtl,hdl->bhtd', y, U)
         return self.proj(y.transpose(1, 2).reshape(B, T, C))
 
@@ -402,13 +397,13 @@ class GPT(nn.Module):
 
     def head(self, hidden):
         """(..., C) -> logits (..., vocab_size): no padded row can ever be sampled."""
-        logits = hidden @ self.token_embedding.weight.t()
-        return logits[..., :self.config.vocab_size]  # cut afterwards: GPUs like even sizes
+        logits = hidden @ self.token_embedding.weight.t()  # whole: GPUs like even sizes
+        return logits[..., :self.config.vocab_size]
 
     def forward(self, idx, targets=None):
-        """Tokens (B, T) -> logits (B, T, vocab_size).
+        """Tokens (B, T) -> logits (B, T, vocab_size); with targets (B, T) the mean loss in nats.
 
-        With targets (B, T), -1 where nothing is scored: the mean loss in nats alone.
+        A target of -1 is not scored.
         """
         x = self.hidden(idx)
         if targets is None:
@@ -460,11 +455,8 @@ class GPT(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self):
-        """FLOPs of forward and backward, one token.
-
-        6 a weight that multiplies (position embeddings only add, the head's do) + 12 n_layer C T
-        for attention (PaLM, arXiv 2204.02311, appendix B), + 6 n_layer C a token in RA's window.
-        """
+        """FLOPs of forward and backward, one token: 6 a weight that multiplies, 12 n_layer C T of
+        attention (PaLM, arXiv 2204.02311, appendix B), 6 n_layer C a token in RA's window."""
         c = self.config
         multiplying = self.parameter_count()
         if c.positions == 'learned':

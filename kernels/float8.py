@@ -3,14 +3,13 @@
 Shapes: N = B x T tokens, n of them a chunk of the loss, C width, V rows of the padded embedding.
 They need a GPU of compute capability 9.0 or more, which multiplies float8 only where both operands
 hold the summed dimension in consecutive memory. So whatever the gradient of a weight needs is
-written a second time, transposed ('_t'), by the kernel that makes it. Each forward casts the
-weights anew: none can be stale, and none is saved.
+written a second time, transposed ('_t'), by the kernel that makes it.
 
 Numbers are e4m3. Only the gradient of the logits is e5m2, because probabilities span more than e4m3
 holds. Each tensor has one scale: value = float8 * inverse, inverse a 0-dim float32 tensor on the
-device. It is a bound of the values over the largest number of e4m3. e4m3 has all its 3 bits for
-sizes from 2^-6 to 448, a factor of 28672, so a bound 100 times too high costs nothing. The bounds
-are the norm of the longest row and, of sums of products, the product of two norms (Cauchy-Schwarz).
+device. It is a bound of the values over the largest number of e4m3, which has all its 3 bits for
+sizes from 2^-6 to 448, so that a bound 100 times too high costs nothing. The bounds are the norm of
+the longest row and, of sums of products, the product of two norms (Cauchy-Schwarz).
 """
 import math
 
@@ -98,7 +97,11 @@ def gelu_backward(h: Tensor, da: Tensor, inverse_dh: Tensor,
                   inverse_a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Of a = gelu(h): h, da (N, 4C) -> dh (N, 4C), dh_t (4C, N), a_t (4C, N) in e4m3."""
     if not h.is_cuda:
-        return gelu_backward_plain(h, da, inverse_dh, inverse_a)
+        h = h.float()
+        g = gate(h)
+        slope = g + h * g * (1 - g) * GELU_LINEAR * (1 + 3 * GELU_CUBIC * h * h)
+        a = cast(h * g, inverse_a)
+        return *both_plain(cast(da.float() * slope, inverse_dh)), a.t().contiguous()
     dh, dh_t = both_empty(h.shape, h.device)
     a_t = torch.empty_like(dh_t)
     launch(gelu_kernel, h.shape, h.contiguous(), da.contiguous(), inverse_dh, inverse_a,
@@ -112,38 +115,24 @@ def _(h, da, inverse_dh, inverse_a):
     return dh, dh_t, torch.empty_like(dh_t)
 
 
-def gelu_backward_plain(h, da, inverse_dh, inverse_a):
-    h = h.float()
-    g = gate(h)
-    slope = g + h * g * (1 - g) * GELU_LINEAR * (1 + 3 * GELU_CUBIC * h * h)
-    dh, dh_t = both_plain(cast(da.float() * slope, inverse_dh))
-    _, a_t = both_plain(cast(h * g, inverse_a))
-    return dh, dh_t, a_t
-
-
 def logit_gradient(logits, targets, losses, scored, vocab_size):
     """Of losses = cross_entropy(logits (n, V), ...): their sum's gradient, (n, V) and (V, n).
 
     In e5m2, times scored x ONE.
     """
     if not logits.is_cuda:
-        return logit_gradient_plain(logits, targets, vocab_size)
+        softmax = logits[:, :vocab_size].float().softmax(-1)
+        softmax = F.pad(softmax, (0, logits.size(1) - vocab_size))  # (n, V)
+        grad = softmax - (torch.arange(logits.size(1)) == targets[:, None]).float()
+        grad = grad * (targets >= 0).float()[:, None]
+        return both_plain((grad * ONE).to(E5M2))
     grad, grad_t = both_empty(logits.shape, logits.device, E5M2)
     launch(gradient_kernel, logits.shape, logits, targets, losses, scored, vocab_size, grad, grad_t)
     return grad, grad_t
 
 
-def logit_gradient_plain(logits, targets, vocab_size):
-    column = torch.arange(logits.size(1))  # (V,)
-    softmax = logits[:, :vocab_size].float().softmax(-1)
-    softmax = F.pad(softmax, (0, logits.size(1) - vocab_size))  # (n, V)
-    grad = softmax - (column == targets[:, None]).float()
-    grad = grad * (targets >= 0).float()[:, None]
-    return both_plain((grad * ONE).to(E5M2))
-
-
 def cross_entropy_plain(logits, targets, scored, vocab_size):
-    """kernels.loss.cross_entropy on a CPU, without its gradient."""
+    """kernels.loss.cross_entropy on a CPU."""
     return F.cross_entropy(logits[:, :vocab_size].float(), targets, ignore_index=-1,
                            reduction='none') / scored
 
@@ -162,10 +151,7 @@ def both_empty(shape, device, dtype=E4M3):
 
 
 class Float8MLP(torch.autograd.Function):
-    """x (B, T, C), W_fc (4C, C), W_proj (C, 4C) -> gelu(x W_fc^T) W_proj^T (B, T, C).
-
-    Keeps fc's output as it is and the rest in float8.
-    """
+    """x (B, T, C), W_fc (4C, C), W_proj (C, 4C) -> gelu(x W_fc^T) W_proj^T (B, T, C)."""
 
     @staticmethod
     def forward(ctx, x, w_fc, w_proj):
@@ -227,15 +213,10 @@ def head(weight):
 
 
 def launch(kernel, shape, *arguments):
-    """kernel(*arguments, rows, columns) over a matrix of this shape.
-
-    A tile is the largest up to 64 x 128 that divides the matrix.
-    """
+    """kernel(*arguments, rows, columns) over a matrix of this shape, multiples of 16."""
     rows, columns = shape
-    height = min(64, rows & -rows)
+    height = min(64, rows & -rows)  # the largest tile up to 64 x 128 that divides the matrix
     width = min(128, columns & -columns)
-    if height < 16 or width < 16:
-        raise ValueError(f'{rows} x {columns}: float8 wants multiples of 16')
     kernel[columns // width, rows // height](
         *arguments, rows, columns, ROWS=height, COLUMNS=width, num_warps=4)
 
@@ -270,8 +251,7 @@ if triton:
     @triton.jit
     def store_transposed(out_t, row_0, row_1, row_2, row_3, rows, ROWS: tl.constexpr,
                          COLUMNS: tl.constexpr):
-        """The same to out_t (columns, rows), where four rows of a column lie side by side: a word.
-        """
+        """The same to out_t (columns, rows), where four rows of a column are a word."""
         PACK: tl.constexpr = PACK_E5M2 if out_t.dtype.element_ty == tl.float8e5 else PACK_E4M3
         word = tl.inline_asm_elementwise(PACK, '=r,r,r,r,r', [row_0, row_1, row_2, row_3], tl.int32,
                                          is_pure=True, pack=1)

@@ -42,14 +42,13 @@ def loss_chunk(x, weight, targets, scored, vocab_size, grad_weight):
 
 
 def loss_chunk_fused(x, weight, targets, scored, vocab_size, grad_weight):
-    """The same on a GPU. Its logits are the only (n, V) tensor: their gradient overwrites them.
+    """The same on a GPU, where the gradient of the logits overwrites them.
 
-    V is vocab_size rounded up to a multiple of 128: what the kernel's last block must cover.
+    V is vocab_size rounded up to a multiple of 128, so that the kernel's last block covers it.
     """
     logits = x @ weight.t()  # (n, V)
-    with_gradient = grad_weight is not None
-    losses = cross_entropy(logits, targets, scored, vocab_size, gradient=with_gradient)
-    if not with_gradient:
+    losses = cross_entropy(logits, targets, scored, vocab_size, grad_weight is not None)
+    if grad_weight is None:
         return losses.sum(), None
     if torch.version.cuda and x.dtype == torch.bfloat16:
         # The product goes into float32 as it is, not rounded to bfloat16 first.
@@ -68,25 +67,22 @@ def fastest_chunk(x, plain):
 
 
 def chunked_loss(x, weight, targets, vocab_size, chunk, one_chunk=loss_chunk, grad_weight=None):
-    """(mean loss over the scored tokens, gradient of x (N, C) or None); arguments as loss_chunk's.
+    """(mean loss over the scored tokens, gradient of x (N, C) or None); see loss_chunk.
 
-    One chunk has `chunk` tokens; one_chunk: loss_chunk or another that does the same.
+    A chunk has `chunk` tokens; one_chunk is loss_chunk or another that does the same.
     """
     scored = (targets >= 0).sum().clamp(min=1)
-    losses = []
-    gradients = []
-    for piece, target in zip(x.split(chunk), targets.split(chunk)):
-        loss, gradient = one_chunk(piece, weight, target, scored, vocab_size, grad_weight)
-        losses.append(loss)
-        gradients.append(gradient)
+    results = [one_chunk(piece, weight, target, scored, vocab_size, grad_weight)
+               for piece, target in zip(x.split(chunk), targets.split(chunk))]
+    losses, gradients = zip(*results)
     return torch.stack(losses).sum(), None if grad_weight is None else torch.cat(gradients)
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
     """Mean cross-entropy of x (N, C) through the head `weight` (V, C): 0-dim, float32 or float64.
 
-    The forward computes the gradients chunk by chunk, the backward only scales them.
-    Memory: `chunk` x V logits instead of N x V, plus a float32 gradient of the weight.
+    The forward computes the gradients chunk by chunk, the backward only scales them. Of the logits
+    there are `chunk` x V at a time.
     """
 
     @staticmethod
@@ -100,9 +96,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss):
         grad_x, grad_weight = ctx.saved_tensors
-        grad_x = grad_x * grad_loss.to(grad_x.dtype)
-        grad_weight = grad_weight * grad_loss.to(grad_weight.dtype)
-        return grad_x, grad_weight, None, None, None, None
+        scale = grad_loss.to(grad_x.dtype)
+        return grad_x * scale, grad_weight * scale, None, None, None, None
 
 
 # --- the kernel -----------------------------------------------------------------------------------
@@ -129,9 +124,8 @@ if triton:
     @triton.jit
     def cross_entropy_kernel(logits, targets, scored, losses, vocab_size, width,
                              GRADIENT: tl.constexpr, BLOCK: tl.constexpr):
-        """One program a token: its loss over `scored`; with GRADIENT its `width` logits become
-        d loss / d logits. Each lane keeps a maximum and a sum of its own, so that the threads meet
-        once. The last block, which vocab_size cuts and width ends in, comes first and starts them.
+        """One program a token. Each lane keeps a maximum and a sum of its own, so that the threads
+        meet once. The last block, which vocab_size cuts and width ends in, starts them.
         """
         row = tl.program_id(0).to(tl.int64)
         logits += row * width

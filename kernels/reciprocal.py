@@ -18,12 +18,10 @@ def reciprocal_attention(q, k, v, alpha, window, dropout=0.0):
     alpha: a number, or a tensor (H,). window: how many tokens back the term reaches, 0 to the token
     itself, -1 to the first. ValueError for dropout beside a window that cuts.
     """
-    cuts = 0 <= window < q.size(2) - 1
-    if not cuts:
+    if not 0 <= window < q.size(2) - 1:  # it cuts nothing
         return wide(q, k, v, alpha, dropout)
     if dropout:
-        raise ValueError(f'dropout={dropout} ra_window={window}: the window has no dropout; set '
-                         'dropout=0 or ra_window=-1')
+        raise ValueError('the window of reciprocal attention has no dropout; set ra_window=-1')
     if torch.compiler.is_compiling() and flex_runs(q.device.type, q.dtype, q.size(3)):
         return banded(q, k, v, alpha, window)
     return dense(q, k, v, alpha, window)

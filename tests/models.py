@@ -14,9 +14,7 @@ CACHED = {
     'mqa, rotary': dict(n_kv_head=1, positions='rotary'),
     'mla': MLA,
     'mla, biases': dict(MLA, bias=True),
-    'mla, learned and rotary': dict(MLA, latent_rotary=6),
-    'mla, rotary': dict(MLA, positions='rotary', latent_rotary=2),
-    'mla, half rotary': dict(MLA, positions='rotary'),
+    'mla, rotary': dict(MLA, positions='rotary'),
 }
 RECIPROCAL = {
     'ra': RA,
@@ -24,7 +22,7 @@ RECIPROCAL = {
     'ra everywhere': dict(RA, ra_window=-1),
     'ra, rotary': dict(RA, positions='rotary'),
     'ra, mla': {**MLA, **RA},
-    'ra everywhere, mla, rotary': {**MLA, **RA, 'ra_window': -1, 'latent_rotary': 2},
+    'ra everywhere, mla, rotary': {**MLA, **RA, 'ra_window': -1, 'positions': 'rotary'},
 }
 
 
