@@ -5,6 +5,7 @@ gradients are float32. All lie in a few flat tensors, so that an update is one k
 optimizer is given views of the masters.
 """
 import functools
+import itertools
 import math
 from typing import NamedTuple
 
@@ -94,12 +95,12 @@ def parameter_groups(flats, weight_decay, prune_scope):
     prune=True marks what a prune.Pruner may prune."""
     groups = []
     for flat in flats:
-        decay = 0.0 if flat.kind == 'vectors' else weight_decay
-        chosen = {True: [], False: []}
-        for name, p in flat.parameters.items():
-            prunable = p.dim() >= 2 and name.startswith(PRUNE_SCOPES[prune_scope])
-            chosen[prunable].append((name, p))
-        for prunable, named in chosen.items():
+        matrices = flat.kind != 'vectors'
+        beginnings = PRUNE_SCOPES[prune_scope] if matrices else ()
+        decay = weight_decay if matrices else 0.0
+        for prunable in (True, False):
+            named = [(name, p) for name, p in flat.parameters.items()
+                     if name.startswith(beginnings) == prunable]
             if named:
                 groups.append(dict(params=named, weight_decay=decay, prune=prunable))
     return groups
@@ -182,52 +183,45 @@ def compiled(function):
 class Part:
     """What is updated in one go: a parameter, or neighbours in a flat tensor that share a group."""
 
-    def __init__(self, p, flat):
-        self.parameters = [p]
-        self.flat = flat  # or None
+    def __init__(self, parameters, flat=None):
+        first, last = parameters[0], parameters[-1]
+        self.parameters = parameters
+        self.flat = flat
+        self.span = slice(first.storage_offset(), last.storage_offset() + padded(last.numel()))
         self.master = None  # float32, of a parameter of less
         self.moments = []  # each like weight()
-
-    def span(self):
-        """Where it lies in its flat tensor, padding included."""
-        last = self.parameters[-1]
-        end = last.storage_offset() + padded(last.numel())
-        return slice(self.parameters[0].storage_offset(), end)
+        self.step = 0  # updates done
 
     def weight(self):
         """What is updated, float32 or more."""
         if self.flat:
-            return self.flat.masters[self.span()]
+            return self.flat.masters[self.span]
         return (self.parameters[0] if self.master is None else self.master).detach()
 
-    def gradient(self, copy=False):
-        """Of the type of weight(). In a flat it is ours to change, else only a copy is."""
+    def gradient(self):
+        """Of the type of weight(), and ours to change."""
         if self.flat:
-            return self.flat.grads[self.span()]
-        return self.parameters[0].grad.to(self.weight().dtype, copy=copy)
+            return self.flat.grads[self.span]
+        return self.parameters[0].grad.to(self.weight().dtype, copy=True)
 
     def views(self, tensor):
         """Each parameter's share of a tensor like weight()."""
         if not self.flat:
             return [tensor]
-        starts = [p.storage_offset() - self.span().start for p in self.parameters]
+        starts = [p.storage_offset() - self.span.start for p in self.parameters]
         return [tensor[i:i + p.numel()].view_as(p) for i, p in zip(starts, self.parameters)]
 
 
 def parts_of(group, flats):
     """[Part] of one group of an optimizer."""
-    homes = {}
-    for flat in flats:
-        homes.update(dict.fromkeys(flat.parameters.values(), flat))
+    rest = set(group['params'])
     parts = []
-    for p in group['params']:
-        flat = homes.get(p)
-        last = parts[-1] if parts else None
-        if flat and last and last.flat is flat and last.span().stop == p.storage_offset():
-            last.parameters.append(p)
-        else:
-            parts.append(Part(p, flat))
-    return parts
+    for flat in flats:
+        for ours, run in itertools.groupby(flat.parameters.values(), rest.__contains__):
+            if ours:
+                parts.append(Part(list(run), flat))
+        rest -= set(flat.parameters.values())
+    return parts + [Part([p]) for p in group['params'] if p in rest]
 
 
 class AdamW(torch.optim.Optimizer):
@@ -236,67 +230,67 @@ class AdamW(torch.optim.Optimizer):
     state[p] has `step`, `exp_avg`, `exp_avg_sq`, and below float32 a float32 `master`. Parameters
     of `flats` are updated in one go, with compiled=True by one kernel; a deepcopy has no flats.
     """
-    moment_names = ('exp_avg', 'exp_avg_sq')
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, *,
                  flats=(), compiled=False):
-        for name, value in (('lr', lr), ('eps', eps), ('weight_decay', weight_decay)):
-            self.require(value >= 0, f'{name}={value} must not be negative')
-        in_range = all(0 <= beta < 1 for beta in betas)
-        self.require(in_range, f'betas={betas} must be at least 0 and below 1')
+        self.refuse_negative(lr=lr, eps=eps, weight_decay=weight_decay)
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f'{type(self).__name__}: betas={betas} must be at least 0 and below 1')
         defaults = dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay)
         super().__init__(params, defaults)
         self.compiled = compiled
-        self._flats = flats
-        self._parts = []  # parts_of each group
+        self.flats = flats
+        self.parts = []  # parts_of each group
 
-    def require(self, condition, message):
-        if not condition:
-            raise ValueError(f'{type(self).__name__}: {message}')
+    def refuse_negative(self, **values):
+        for name, value in values.items():
+            if not value >= 0:
+                raise ValueError(f'{type(self).__name__}: {name}={value} must not be negative')
 
     @torch.no_grad()
     def step(self, closure=None):
         """One update; returns what the closure returns."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups[len(self._parts):]:
-            self._parts.append(parts_of(group, self._flats))
+        loss = torch.enable_grad()(closure)() if closure else None
+        for group in self.param_groups[len(self.parts):]:
+            self.parts.append(parts_of(group, self.flats))
         todo = []
-        for group, parts in zip(self.param_groups, self._parts):
+        for group, parts in zip(self.param_groups, self.parts):
             for part in parts:
                 if part.flat or part.parameters[0].grad is not None:
-                    self.advance(part)
+                    self.count_step(part)
                     todo.append((group, part))
         if todo:
             self.update_all(todo)
         return loss
 
-    def advance(self, part):
-        """Count a step. The first makes the moments, from loaded ones if there are any, and leaves
-        views of them in the state."""
+    def count_step(self, part):
         first = self.state[part.parameters[0]]
-        if not part.moments and part.weight().dtype.itemsize < 4:
-            part.master = first.setdefault('master', part.weight().float())
-        for name in self.moment_names[len(part.moments):]:
-            moment = torch.zeros_like(part.weight())
-            part.moments.append(moment)
-            for p, view in zip(part.parameters, part.views(moment)):
-                if name in self.state[p]:
-                    view.copy_(self.state[p][name])
-                self.state[p][name] = view
+        if not part.moments:
+            if part.weight().dtype.itemsize < 4:
+                part.master = first.setdefault('master', part.weight().float())
+            self.add_moment(part, 'exp_avg')
+            self.add_moment(part, 'exp_avg_sq')
+        part.step = int(first.get('step', 0)) + 1
         for p in part.parameters:
-            self.state[p]['step'] = int(self.state[p].get('step', 0)) + 1
+            self.state[p]['step'] = part.step
+
+    def add_moment(self, part, name):
+        """A zero tensor, or what was loaded, of which the state gets views."""
+        moment = torch.zeros_like(part.weight())
+        part.moments.append(moment)
+        for p, view in zip(part.parameters, part.views(moment)):
+            if name in self.state[p]:
+                view.copy_(self.state[p][name])
+            self.state[p][name] = view
 
     def update_all(self, todo):
         """Update [(group, part)], whose steps are counted."""
         for group, part in todo:
-            self.update(group, part, part.gradient(), self.numbers(group, part, group['lr']))
+            numbers = self.numbers(group, part.step, group['lr'])
+            self.update(group, part, part.gradient(), numbers)
 
-    def numbers(self, group, part, lr):
+    def numbers(self, group, step, lr):
         """(step_size, root_correction, keep, eps) of adamw_update."""
-        step = self.state[part.parameters[0]]['step']
         beta1, beta2 = group['betas']
         root_correction = math.sqrt(1 - beta2 ** step)
         keep = 1 - lr * group['weight_decay']
@@ -320,20 +314,14 @@ class AdamW(torch.optim.Optimizer):
     def load_state_dict(self, state_dict):
         """As in torch, except that every tensor keeps the type it was saved in."""
         super().load_state_dict({**state_dict, 'state': {}})  # torch would cast the state
-        parameters = []
-        for group in self.param_groups:
-            parameters += group['params']
+        parameters = sum([group['params'] for group in self.param_groups], [])
         for number, state in state_dict['state'].items():
             p = parameters[number]
             self.state[p] = prune.copied(state, p.device)
+        self.parts = []
 
     def __getstate__(self):
-        return {key: value for key, value in self.__dict__.items() if not key.startswith('_')}
-
-    def __setstate__(self, state):
-        super().__setstate__(state)
-        self._flats = self.__dict__.get('_flats', ())
-        self._parts = []
+        return {**self.__dict__, 'flats': (), 'parts': []}
 
 
 # --- gradient spikes ------------------------------------------------------------------------------
@@ -352,105 +340,79 @@ def clip_spikes(grad, exp_avg_sq, theta, least=0.0):
     return spike.sum()
 
 
-class Paper:
+# A mode updates [(group, part)] and returns how many elements it cut (0-dim), and whether the norm
+# of all gradients was a spike.
+
+
+def paper(optimizer, todo):
     """SPAM as in its authors' code (galore_torch/SPAM.py): eps joins sqrt(v) before the bias
-    correction; weight decay comes after the step, and a warm-up does not scale it.
-
-    Updates t are counted from 1. A mode's update_all(optimizer, todo, t) returns how many elements
-    were cut (0-dim), and whether the norm of all gradients was a spike.
-    """
-    theta = 5000.0
-    moment_names = AdamW.moment_names
-
-    def __init__(self, interval, warmup, theta, grace):
-        self.interval = interval  # updates between resets; 0: none
-        self.warmup = warmup  # N: updates 0 ... N from a reset on are held back
-        self.grace = grace  # updates after the start or a reset in which nothing is cut
-        self.theta = self.theta if theta is None else theta
-
-    def since_reset(self, t):
-        return t % self.interval if self.interval else t
-
-    def is_reset(self, t):
-        return self.interval > 0 and t % self.interval == 0
-
-    def recovering(self, t):
-        """Whether update t lies in the N + 1 updates from a reset on."""
-        return 0 < self.interval <= t and self.since_reset(t) <= self.warmup
-
-    def update_all(self, optimizer, todo, t):
-        cut = 0
-        for group, part in todo:
-            grad = part.gradient(copy=True)
-            if self.is_reset(t):
-                torch._foreach_zero_(part.moments)
-            if self.since_reset(t) >= self.grace:
-                cut += optimizer.clip(part, grad, self.theta)
-            step_size, root, keep, eps = optimizer.numbers(group, part, group['lr'])
-            numbers = (step_size * self.factor(t) * keep, root, keep, eps / root)
-            optimizer.update(group, part, grad, numbers)
-        return cut, False
-
-    def factor(self, t):
-        """Of the step, not of the decay."""
-        done = self.since_reset(t) / (self.warmup + 1)
-        return 1 - 0.99 * (1 + math.cos(math.pi * done)) / 2 if self.recovering(t) else 1.0
+    correction; weight decay comes after the step, and a warm-up does not scale it."""
+    theta = 5000.0 if optimizer.spam_theta is None else optimizer.spam_theta
+    since = optimizer.since_reset()
+    factor = 1.0  # of the step
+    if optimizer.recovering():
+        factor -= 0.99 * (1 + math.cos(math.pi * since / (optimizer.spam_warmup + 1))) / 2
+    cut = 0
+    for group, part in todo:
+        grad = part.gradient()
+        if since == 0:
+            torch._foreach_zero_(part.moments)
+        if since >= optimizer.spam_grace:
+            clip = optimizer.function_for(part, clip_spikes)
+            cut += clip(grad, part.moments[1], theta)
+        step_size, root, keep, eps = optimizer.numbers(group, part.step, group['lr'])
+        optimizer.update(group, part, grad, (step_size * factor * keep, root, keep, eps / root))
+    return cut, False
 
 
-class Reference(Paper):
+def reference(optimizer, todo):
     """What the runs of 2025 did: a cut that leaves 1e-12 to elements without history, moments
     damped where the norm of all gradients is a spike, resets with a ramp from 0.001, AMSGrad."""
-    theta = 50.0
-    moment_names = (*AdamW.moment_names, 'max_exp_avg_sq')
-
-    def update_all(self, optimizer, todo, t):
-        norms = [torch.linalg.vector_norm(part.gradient()) for _, part in todo]
-        norm = torch.linalg.vector_norm(torch.stack(norms).double())
-        fired = is_norm_spike(norm, optimizer.memory['norms'])
-        cut = 0
-        for group, part in todo:
-            grad = part.gradient(copy=True)
-            if t > 1:
-                cut += optimizer.clip(part, grad, self.theta, 1e-12)
-            part.moments[0].mul_(1 - 0.5 * fired.double())
-            part.moments[1].mul_(1 - 0.1 * fired.double())
-            if self.is_reset(t):
-                torch._foreach_zero_(part.moments[:2])
-            numbers = optimizer.numbers(group, part, group['lr'] * self.factor(t))
-            optimizer.update(group, part, grad, numbers)
-        return cut, fired
-
-    def factor(self, t):
-        """Of the learning rate."""
-        if not self.recovering(t) or self.warmup == 0:
-            return 1.0
-        return max(1e-3, (1 - math.cos(math.pi * self.since_reset(t) / self.warmup)) / 2)
-
-
-class Stable(Paper):
-    """Stable-SPAM (arXiv 2502.17055): AdaClip and AdaGN on each tensor; a reset restarts the bias
-    correction (`step`) instead of a warm-up. state[p] has `levels`, see stabilise, and `seen`, the
-    updates that went into them."""
-
-    def update_all(self, optimizer, todo, t):
-        cut = 0
-        for group, part in todo:
-            grad = part.gradient(copy=True)
-            states = [optimizer.state[p] for p in part.parameters]
-            if self.is_reset(t):
-                torch._foreach_zero_(part.moments)
-            for state in states:
-                if 'levels' not in state:
-                    state.update(levels=grad.new_zeros(3), seen=0)
-                state['seen'] += 1
-                state['step'] = 1 if self.is_reset(t) else state['step']
-            levels = [state['levels'] for state in states]
-            cut += stabilise(part.views(grad), levels, states[0]['seen'], group['eps'])
-            optimizer.update(group, part, grad, optimizer.numbers(group, part, group['lr']))
-        return cut, False
+    theta = 50.0 if optimizer.spam_theta is None else optimizer.spam_theta
+    since = optimizer.since_reset()
+    factor = 1.0  # of the learning rate
+    if optimizer.recovering() and optimizer.spam_warmup:
+        factor = max(1e-3, (1 - math.cos(math.pi * since / optimizer.spam_warmup)) / 2)
+    norms = [torch.linalg.vector_norm(part.gradient()) for _, part in todo]
+    norm = torch.linalg.vector_norm(torch.stack(norms).double())
+    fired = is_norm_spike(norm, optimizer.memory['norms'])
+    cut = 0
+    for group, part in todo:
+        if len(part.moments) == 2:
+            optimizer.add_moment(part, 'max_exp_avg_sq')
+        exp_avg, exp_avg_sq, _ = part.moments
+        grad = part.gradient()
+        if optimizer.updates > 1:
+            clip = optimizer.function_for(part, clip_spikes)
+            cut += clip(grad, exp_avg_sq, theta, 1e-12)
+        exp_avg.mul_(1 - 0.5 * fired.double())
+        exp_avg_sq.mul_(1 - 0.1 * fired.double())
+        if since == 0:
+            torch._foreach_zero_([exp_avg, exp_avg_sq])
+        numbers = optimizer.numbers(group, part.step, group['lr'] * factor)
+        optimizer.update(group, part, grad, numbers)
+    return cut, fired
 
 
-SPAM_MODES = {'paper': Paper, 'reference': Reference, 'stable': Stable}
+def stable(optimizer, todo):
+    """Stable-SPAM (arXiv 2502.17055): AdaClip and AdaGN on each tensor, whose state has `levels`
+    (see stabilise); a reset restarts the bias correction instead of a warm-up."""
+    since = optimizer.since_reset()
+    cut = 0
+    for group, part in todo:
+        grad = part.gradient()
+        if since == 0:
+            torch._foreach_zero_(part.moments)
+        levels = []
+        for p in part.parameters:
+            levels.append(optimizer.state[p].setdefault('levels', grad.new_zeros(3)))
+        cut += stabilise(part.views(grad), levels, part.step, group['eps'])
+        clock = min(part.step, since + 1)
+        optimizer.update(group, part, grad, optimizer.numbers(group, clock, group['lr']))
+    return cut, False
+
+
+SPAM_MODES = {'paper': paper, 'reference': reference, 'stable': stable}
 
 
 def is_norm_spike(norm, norms):
@@ -497,7 +459,7 @@ def stabilise(grads, levels, seen, eps):
 
 
 class AdamWSPAM(AdamW):
-    """AdamW that survives gradient spikes, in one of SPAM_MODES (None: plain AdamW).
+    """AdamW that survives gradient spikes, in one of SPAM_MODES.
 
     spam_interval: updates between resets of the moments, 0: none. spam_warmup: updates after one
     with a smaller step. spam_theta: g^2 may be theta v (None: 5000 in 'paper', 50 in 'reference').
@@ -509,41 +471,37 @@ class AdamWSPAM(AdamW):
                  spam_mode='paper', spam_interval=500, spam_warmup=150, spam_theta=None,
                  spam_grace=20, flats=(), compiled=False):
         super().__init__(params, lr, betas, eps, weight_decay, flats=flats, compiled=compiled)
-        self.mode = None
+        prune.known(f'{type(self).__name__}: spam_mode', spam_mode, SPAM_MODES)
+        self.refuse_negative(spam_interval=spam_interval, spam_warmup=spam_warmup,
+                             spam_theta=spam_theta or 0.0, spam_grace=spam_grace)
+        self.spam_mode = spam_mode
+        self.spam_interval = spam_interval
+        self.spam_warmup = spam_warmup
+        self.spam_theta = spam_theta
+        self.spam_grace = spam_grace
         self.updates = 0
         device = self.param_groups[0]['params'][0].device
         self.memory = {  # what is remembered of all parameters together
             'counts': torch.zeros(3, dtype=torch.int64, device=device),  # as in counters
             'norms': torch.full((100,), -1.0, dtype=torch.float64, device=device),
         }
-        if spam_mode is None:
-            return
-        prune.known(f'{type(self).__name__}: spam_mode', spam_mode, SPAM_MODES)
-        whole = dict(interval=spam_interval, warmup=spam_warmup, grace=spam_grace)
-        for name, value in whole.items():
-            self.require(value >= 0, f'spam_{name}={value} must not be negative')
-        self.require(spam_theta is None or spam_theta > 0,
-                     f'spam_theta={spam_theta} must be above 0; math.inf cuts nothing')
-        self.mode = SPAM_MODES[spam_mode](theta=spam_theta, **whole)
-        self.moment_names = self.mode.moment_names
 
     def update_all(self, todo):
         self.updates += 1
-        if self.mode is None:
-            super().update_all(todo)
-            return
-        cut, fired = self.mode.update_all(self, todo, self.updates)
+        cut, fired = SPAM_MODES[self.spam_mode](self, todo)
         self.memory['counts'][0].add_((cut > 0) | fired)
         self.memory['counts'][1].add_(cut)
-        self.memory['counts'][2].add_(self.mode.is_reset(self.updates))
+        self.memory['counts'][2].add_(self.since_reset() == 0)
 
-    def clip(self, part, grad, theta, least=0.0):
-        """clip_spikes of one part."""
-        return self.function_for(part, clip_spikes)(grad, part.moments[1], theta, least)
+    def since_reset(self):
+        """Updates since the last reset, or since the start; 0 in the update with a reset."""
+        return self.updates % self.spam_interval if self.spam_interval else self.updates
 
     def recovering(self):
-        """Whether the last update lay in the warm-up after a reset, when moments say little."""
-        return self.mode is not None and self.mode.recovering(self.updates)
+        """Whether the last update lay in the warm-up after a reset, when moments say little: the
+        one with the reset or the spam_warmup updates after it."""
+        was_reset = 0 < self.spam_interval <= self.updates
+        return was_reset and self.since_reset() <= self.spam_warmup
 
     def counters(self):
         """{'spikes': updates that cut something or met a spike of the norm, 'clipped': gradient
@@ -576,15 +534,11 @@ class AdamWPrune(AdamWSPAM):
         prune.known('AdamWPrune: base', base, ('adamw', 'adamwspam'))
         spam = {key: value for key, value in others.items() if key.startswith('spam_')}
         pruning = {key: value for key, value in others.items() if key not in spam}
-        self.require(base == 'adamwspam' or not spam,
-                     f"{', '.join(spam)} given, but base='adamw'; use base='adamwspam'")
-        if base == 'adamw':
-            spam = dict(spam_mode=None)
+        if spam and base == 'adamw':
+            raise ValueError(f"AdamWPrune: {', '.join(spam)} given, but base='adamw'")
         super().__init__(params, lr, betas, eps, weight_decay, flats=flats, compiled=compiled,
                          **spam)
-        endless = self.mode and 0 < self.mode.interval <= self.mode.warmup + 1
-        self.require(not endless, 'no masks are chosen in the warm-up after a reset, which would '
-                     'never be over; make spam_interval longer than spam_warmup + 1')
+        self.base = base
         self.pruner = prune.Pruner(self, score=score, target_sparsity=target_sparsity,
                                    hold=self.recovering, **pruning)
 
@@ -593,11 +547,11 @@ class AdamWPrune(AdamWSPAM):
         for group, part in todo:
             lr = group['lr'] * self.pruner.rate_factor(group)
             raised.append(({**group, 'lr': lr}, part))
-        super().update_all(raised)
+        if self.base == 'adamw':
+            AdamW.update_all(self, raised)
+        else:
+            super().update_all(raised)
         self.pruner.step()
-        self.show_masks()
-
-    def show_masks(self):
         for p, mask in self.pruner.masks.items():
             self.state[p]['mask'] = mask
 
@@ -607,12 +561,6 @@ class AdamWPrune(AdamWSPAM):
     def load_state_dict(self, state_dict):
         super().load_state_dict(state_dict)
         self.pruner.load_state_dict(state_dict['pruner'])
-        self.show_masks()
-
-    def __setstate__(self, state):
-        super().__setstate__(state)
-        if 'pruner' in state and self.pruner.regrow:  # a copy has lost its hooks
-            self.register_step_pre_hook(self.pruner.put_back)
 
 
 # --- by name --------------------------------------------------------------------------------------

@@ -197,15 +197,19 @@ def test_each_mode_equals_its_oracle_over_1300_steps_with_spikes(case):
     assert told['resets'] >= 2 and told['spikes'] >= 10
 
 
-def test_schedule_of_the_paper():
-    mode = optim.Paper(500, 150, None, 20)
-    assert all(mode.factor(t) == 1 and not mode.is_reset(t) for t in range(1, 500))
-    assert mode.is_reset(500) and mode.factor(500) == pytest.approx(0.01)
-    assert mode.factor(575) == pytest.approx(0.5, abs=0.01)
-    assert mode.factor(650) < 1 == mode.factor(651)
-    assert mode.recovering(650) and not mode.recovering(651) and not mode.recovering(100)
-    never = optim.Paper(0, 150, None, 20)
-    assert all(never.factor(t) == 1 and not never.is_reset(t) for t in (0, 1, 150, 5000))
+def test_resets_and_their_warm_up():
+    optimizer = AdamWSPAM(parameters())
+    recovering = []
+    resets = []
+    for optimizer.updates in range(1, 1101):
+        if optimizer.recovering():
+            recovering.append(optimizer.updates)
+        if optimizer.since_reset() == 0:
+            resets.append(optimizer.updates)
+    assert recovering == [*range(500, 651), *range(1000, 1101)] and resets == [500, 1000]
+    never = AdamWSPAM(parameters(), spam_interval=0)
+    for never.updates in (0, 1, 150, 5000):
+        assert not never.recovering() and never.since_reset() == never.updates
 
 
 def test_without_spikes_and_resets_paper_is_adamw():
@@ -399,7 +403,7 @@ def test_flat_and_apart_are_the_same(mode):
     (dict(spam_mode='papr'), "spam_mode='papr' is not one of paper, reference, stable; did you "
                              "mean 'paper'"),
     (dict(spam_interval=-1), 'spam_interval=-1 must not be negative'),
-    (dict(spam_theta=0.0), 'spam_theta=0.0 must be above 0'),
+    (dict(spam_theta=-1.0), 'spam_theta=-1.0 must not be negative'),
     (dict(spam_grace=-2), 'spam_grace=-2 must not be negative'),
     (dict(lr=-1.0), 'lr=-1.0 must not be negative')])
 def test_impossible_settings_are_refused(wrong, told):
