@@ -186,29 +186,26 @@ class Part:
     def __init__(self, parameters, flat=None):
         first, last = parameters[0], parameters[-1]
         self.parameters = parameters
-        self.flat = flat
-        self.span = slice(first.storage_offset(), last.storage_offset() + padded(last.numel()))
-        self.master = None  # float32, of a parameter of less
-        self.moments = []  # each like weight()
+        self.weight = first  # what is updated, float32 or more
+        self.grads = None  # of a flat
+        self.moments = []  # each like weight
         self.step = 0  # updates done
-
-    def weight(self):
-        """What is updated, float32 or more."""
-        if self.flat:
-            return self.flat.masters[self.span]
-        return (self.parameters[0] if self.master is None else self.master).detach()
+        if flat:
+            span = slice(first.storage_offset(), last.storage_offset() + padded(last.numel()))
+            self.weight = flat.masters[span]
+            self.grads = flat.grads[span]
 
     def gradient(self):
-        """Of the type of weight(), and ours to change."""
-        if self.flat:
-            return self.flat.grads[self.span]
-        return self.parameters[0].grad.to(self.weight().dtype, copy=True)
+        """Of the type of weight, and ours to change."""
+        if self.grads is not None:
+            return self.grads
+        return self.parameters[0].grad.to(self.weight.dtype, copy=True)
 
     def views(self, tensor):
-        """Each parameter's share of a tensor like weight()."""
-        if not self.flat:
+        """Each parameter's share of a tensor like weight."""
+        if self.grads is None:
             return [tensor]
-        starts = [p.storage_offset() - self.span.start for p in self.parameters]
+        starts = [p.storage_offset() - self.weight.storage_offset() for p in self.parameters]
         return [tensor[i:i + p.numel()].view_as(p) for i, p in zip(starts, self.parameters)]
 
 
@@ -256,7 +253,7 @@ class AdamW(torch.optim.Optimizer):
         todo = []
         for group, parts in zip(self.param_groups, self.parts):
             for part in parts:
-                if part.flat or part.parameters[0].grad is not None:
+                if part.grads is not None or part.parameters[0].grad is not None:
                     self.count_step(part)
                     todo.append((group, part))
         if todo:
@@ -266,8 +263,8 @@ class AdamW(torch.optim.Optimizer):
     def count_step(self, part):
         first = self.state[part.parameters[0]]
         if not part.moments:
-            if part.weight().dtype.itemsize < 4:
-                part.master = first.setdefault('master', part.weight().float())
+            if part.weight.dtype.itemsize < 4:
+                part.weight = first.setdefault('master', part.weight.float())
             self.add_moment(part, 'exp_avg')
             self.add_moment(part, 'exp_avg_sq')
         part.step = int(first.get('step', 0)) + 1
@@ -276,7 +273,7 @@ class AdamW(torch.optim.Optimizer):
 
     def add_moment(self, part, name):
         """A zero tensor, or what was loaded, of which the state gets views."""
-        moment = torch.zeros_like(part.weight())
+        moment = torch.zeros_like(part.weight)
         part.moments.append(moment)
         for p, view in zip(part.parameters, part.views(moment)):
             if name in self.state[p]:
@@ -298,18 +295,18 @@ class AdamW(torch.optim.Optimizer):
 
     def update(self, group, part, grad, numbers):
         """adamw_update of one part."""
-        weight = part.weight()
+        weight = part.weight
         exp_avg, exp_avg_sq, *highest = part.moments
         function = self.function_for(part, adamw_update)
         if function is not adamw_update:
             numbers = [torch.full((), x, dtype=weight.dtype, device=weight.device) for x in numbers]
         function(weight, grad, exp_avg, exp_avg_sq, *numbers, *group['betas'], *highest)
-        if part.master is not None:
-            part.parameters[0].copy_(part.master)
+        if weight.dtype != part.parameters[0].dtype:
+            part.parameters[0].copy_(weight)
 
     def function_for(self, part, function):
         """`function`, compiled where that pays: single parameters have too many shapes."""
-        return compiled(function) if self.compiled and part.flat else function
+        return compiled(function) if self.compiled and part.grads is not None else function
 
     def load_state_dict(self, state_dict):
         """As in torch, except that every tensor keeps the type it was saved in."""
