@@ -158,9 +158,11 @@ def print_continued(model, tokenizer, s):
     lines = [s.prompt]
     if s.prompts_file:
         lines = read_text(s.prompts_file, 'prompts_file').splitlines() or ['']
-    numbers = range(s.num_samples)
-    prompts = [line for line in lines for _ in numbers]
-    seeds = [s.seed + 1_000_003 * number for _ in lines for number in numbers]
+    prompts = []
+    seeds = []
+    for line in lines:
+        prompts += [line] * s.num_samples
+        seeds += [s.seed + 1_000_003 * number for number in range(s.num_samples)]
     encoded = [tokenizer.encode(prompt) or [tokenizer.eot] for prompt in prompts]
     if model.config.reciprocal:
         reader = WholeReader(model)

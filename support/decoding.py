@@ -51,7 +51,7 @@ class CachedReader:
         self.model = model
         self.recorded = recorded  # by CUDA graphs
         self.cache = model.new_cache(rows)
-        self.nbytes = sum(held.nbytes for layer in self.cache for held in layer)
+        self.nbytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in self.cache)
         self.lengths = [0] * rows  # tokens read
         self.tokens = torch.zeros(rows, 1, dtype=torch.int64, device=device)  # of a step
         self.positions = torch.zeros_like(self.tokens)

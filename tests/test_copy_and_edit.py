@@ -16,7 +16,7 @@ TRAINED_WITH = {  # a word of each diff -> how the changed tree is trained
     'Lion': dict(optimizer='lion', learning_rate=1e-3, min_lr=1e-4, prune_score='magnitude',
                  prune_start=5, prune_end=15, prune_interval=5),
     'silu': {},
-    'label_smoothing': {},
+    'stop_at': {},
 }
 
 
