@@ -327,7 +327,7 @@ def weights_of(run):
 
 def named_masks(run):
     """{name: bool tensor, True = keep} of the matrices that are pruned."""
-    masks = run.pruner.masks
+    masks = run.pruner.masks if run.pruner else {}
     return {name: masks[p] for name, p in parameters_of(run).items() if p in masks}
 
 

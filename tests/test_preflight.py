@@ -266,7 +266,7 @@ def test_announcement_is_printed_logged_and_kept(tiny, tmp_path, capsys):
     assert rows['run directory'] == str(tmp_path / 'run')
     config = json.loads((tmp_path / 'run' / 'config.json').read_text())
     assert set(config) == set('''settings model data fingerprint device dtype processes command
-        commit edited python torch cuda hip'''.split())
+        commit edited python torch cuda hip host'''.split())
     assert config['settings']['prune_score'] == 'bitter7'
     assert config['model']['n_embd'] == 32
     assert config['data'] == dict(name='tiny', tokenizer='bytes', vocab_size=257)

@@ -39,13 +39,13 @@ def test_runs_leave_their_figures_and_a_report(experiment, tmp_path, capsys):
 def test_time_limit_saves_and_the_same_command_continues(experiment, tmp_path, capsys):
     source = experiment.read_text().replace("'max_iters': 12", "'max_iters': 100000")
     experiment.write_text(source.replace("'second'", "# 'second'").replace('{}, #', '{}} #'))
-    assert sweep.main([str(experiment), '--time_limit=12']) == 1
+    assert sweep.main([str(experiment), '--time_limit=8']) == 1
     assert 'continues it' in capsys.readouterr().out
     summary = tmp_path / 'out' / 'small' / 'first' / 'summary.json'
     first = json.loads(summary.read_text())
     assert first['exit_reason'] == 'sigterm' and first['steps'] > 0
     assert not (tmp_path / 'results').exists()
-    assert sweep.main([str(experiment), '--time_limit=10']) == 1
+    assert sweep.main([str(experiment), '--time_limit=6']) == 1
     assert json.loads(summary.read_text())['steps'] > first['steps']
 
 
