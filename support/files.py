@@ -7,18 +7,6 @@ import shutil
 from support.settings import Refused
 
 
-def publish(f, path):
-    """Give an open temporary file, path + '.tmp', its name once its bytes are on the disk.
-
-    Whatever happens in between, `path` holds the old content or the new, whole.
-    """
-    f.flush()
-    os.fsync(f.fileno())
-    f.close()
-    os.replace(f'{path}.tmp', path)
-    sync_rename(path)
-
-
 def sync_rename(path):
     """Wait until the renaming of `path` is on the disk."""
     if os.name != 'posix':
@@ -31,20 +19,23 @@ def sync_rename(path):
 
 
 def write_atomically(path, write):
-    """Call write(file) on a temporary binary file and publish it as `path`.
+    """Call write(file) on a temporary binary file, then give it the name `path`.
 
-    If that fails, `path` stays as it was. The temporary name is fixed, so that the next process
-    overwrites what a killed one has left.
+    Whatever happens in between, `path` holds the old content or the new, whole. The temporary name
+    is fixed, so that the next process overwrites what a killed one has left.
     """
-    f = open(f'{path}.tmp', 'wb')
+    temporary = f'{path}.tmp'
     try:
-        write(f)
-        publish(f, path)
+        with open(temporary, 'wb') as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
     except BaseException:
-        f.close()
-        if os.path.exists(f'{path}.tmp'):
-            os.remove(f'{path}.tmp')
+        if os.path.exists(temporary):
+            os.remove(temporary)
         raise
+    sync_rename(path)
 
 
 def write_folder(path, write):

@@ -46,28 +46,22 @@ def guard_against_divergence(run, loss):
         p.above_since = p.step
         run.log.say(f'WARNING: {above}; nothing is saved until it is back')
     elif p.step - p.above_since >= DIVERGE_STEPS:
-        cause = (f'learning_rate={s.learning_rate:g} is too high or warmup_iters='
-                 f'{s.warmup_iters} too short for this model')
-        if s.grad_clip == 0:
-            cause = 'gradients are not clipped (grad_clip=0)'
         raise Stop('diverged', 3, f'step {p.step}: diverged, {above} since step {p.above_since}. '
-                                  f'Likely cause: {cause}. The last good checkpoint stays')
+                                  f'Likely causes: learning_rate={s.learning_rate:g} too high, '
+                                  f'warmup_iters={s.warmup_iters} too short, grad_clip='
+                                  f'{s.grad_clip:g} (0: none). The last good checkpoint stays')
 
 
 NOTHING_COMPILED = ('compile=True, but nothing was compiled; unset TORCHDYNAMO_DISABLE and '
                     'TORCH_COMPILE_DISABLE, or use --compile=False')
 
 
-def count_graphs():
-    """(graphs compiled, graph breaks) in this process, as Dynamo counts them."""
-    return counters['stats']['unique_graphs'], sum(counters['graph_break'].values())
-
-
 def report_graphs(run):
-    """Proof of compile: what was compiled is read back, not assumed."""
-    now = tuple(after - before for after, before in zip(count_graphs(), run.graphs_before))
-    if run.settings.compile and now[0] == 0:
+    """Proof of compile: what Dynamo counted since set_up_model is read back, not assumed."""
+    graphs = counters['stats']['unique_graphs']
+    breaks = sum(counters['graph_break'].values())
+    if run.settings.compile and graphs == 0:
         raise Refused(NOTHING_COMPILED)
-    if now != run.graphs:
-        run.graphs = now
-        run.log.say(f'compiled graphs {now[0]}, graph breaks {now[1]}')
+    if run.graphs != (graphs, breaks):
+        run.graphs = (graphs, breaks)
+        run.log.say(f'compiled graphs {graphs}, graph breaks {breaks}')

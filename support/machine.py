@@ -6,8 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-# Dense bfloat16 FLOP/s by a part of the device's name, from the vendors' data sheets; the first
-# match counts.
+# Dense bfloat16 FLOP/s, from the vendors' data sheets, of the first name that the device's holds.
 PEAK_FLOPS = {
     'B200': 2250e12, 'H200': 989e12, 'H100 PCIe': 756e12, 'H100': 989e12, 'GH200': 989e12,
     'A100': 312e12, 'L40S': 362e12, 'L40': 181e12, 'L4': 121e12, 'A10G': 70e12,
@@ -31,11 +30,9 @@ def find_machine(asked, dtype):
     kind, problems = find_device(asked)
     device = torch.device(kind)
     gpu = device.type == 'cuda'
-    numbers = {
-        'auto': torch.bfloat16 if gpu else torch.float32,
-        'float32': torch.float32,
-        'bfloat16': torch.bfloat16,
-    }[dtype]
+    numbers = torch.float32
+    if dtype == 'bfloat16' or (dtype == 'auto' and gpu):
+        numbers = torch.bfloat16
     name = f'CPU, {torch.get_num_threads()} threads'
     peak = None
     if gpu:
@@ -53,22 +50,15 @@ def find_device(asked):
         return 'cpu', [f'device={asked!r}: must be auto, cpu, cuda or cuda:N']
     if asked == 'cpu' or (asked == 'auto' and not gpus):
         return 'cpu', []
-    if not gpus:
-        return 'cpu', [f"device='{asked}': this PyTorch ({torch.__version__}) sees no GPU; use "
-                       '--device=cpu or install a build for your GPU (CUDA or ROCm)']
-    kind = asked
-    if ':' not in kind:
-        kind = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    if int(kind.removeprefix('cuda:')) >= gpus:
-        return 'cpu', [f"device='{kind}': there are {gpus} GPUs, numbered from 0"]
-    return kind, []
+    number = int(asked.partition(':')[2] or os.environ.get('LOCAL_RANK', 0))
+    if number < gpus:
+        return f'cuda:{number}', []
+    return 'cpu', [f"device='{asked}': GPU {number} is not among the {gpus} that this PyTorch "
+                   f'({torch.__version__}) sees; use --device=cpu or a build for your GPU']
 
 
 def peak_memory(device):
-    """{'allocated', 'reserved'}: highest bytes so far, of the device's allocator on a GPU.
-
-    On a CPU both are the highest resident memory of the process.
-    """
+    """{'allocated', 'reserved'}: highest bytes of the GPU's allocator, or this process in RAM."""
     if device.type == 'cuda':
         return dict(allocated=torch.cuda.max_memory_allocated(device),
                     reserved=torch.cuda.max_memory_reserved(device))

@@ -1,17 +1,15 @@
 """Read settings: config files and --key=value become one checked dataclass.
 
-Whatever is unknown, of the wrong type or impossible becomes one line that names the culprit, its
-value and the fix. All problems are collected before anything is said. No value is ever clamped,
-ignored or replaced.
+Whatever is unknown or of the wrong type becomes one line that names culprit, value and fix. All
+problems are collected before anything is said. No value is ever clamped, ignored or replaced.
 """
 import dataclasses
 import difflib
 import inspect
 import math
-import os
 import re
 import sys
-from typing import Literal, get_args, get_origin
+from typing import get_args
 
 
 class Refused(Exception):
@@ -45,60 +43,34 @@ def did_you_mean(word, choices):
 
 # --- one value ------------------------------------------------------------------------------------
 
-
-def type_name(kind):
-    return ' | '.join(get_args(kind)) if get_origin(kind) is Literal else kind.__name__
+WANTED = {str: 'a str', bool: 'a bool: write True or False', int: 'an int', float: 'a finite float'}
 
 
 def convert(key, value, kind):
     """`value` as `kind`, or ValueError. The command line gives text, a config file other types."""
-    if get_origin(kind) is Literal:
-        return to_choice(key, value, get_args(kind))
-    return {str: to_str, bool: to_bool, int: to_int, float: to_float}[kind](key, value)
+    if choices := get_args(kind):
+        return to_choice(key, value, choices)
+    found = value
+    if kind is bool and isinstance(value, str):
+        found = {'true': True, 'false': False}.get(value.lower())
+    elif isinstance(value, str) or (kind is float and not isinstance(value, bool)):
+        try:  # an int will do for a float
+            found = kind(value)
+        except (TypeError, ValueError, OverflowError):
+            found = None
+    if type(found) is not kind or (kind is float and not math.isfinite(found)):
+        raise ValueError(f'{key}={value!r} is not {WANTED[kind]}')
+    return found
 
 
 def to_choice(key, value, choices):
     """One of the choices. A choice such as 'hf:PATH' stands for 'hf:' and any text after it."""
     for choice in choices:
-        prefix = choice.removesuffix('PATH') if choice.endswith(':PATH') else None
-        if value == choice and prefix is None:
-            return value
-        if prefix and str(value).startswith(prefix) and value not in (prefix, choice):
+        pattern = re.escape(choice).replace('PATH', '.+')
+        if re.fullmatch(pattern, str(value)):
             return value
     hint = did_you_mean(value, choices)
     raise ValueError(f"{key}={value!r} is not one of {', '.join(choices)}{hint}")
-
-
-def to_str(key, value):
-    if isinstance(value, str):
-        return value
-    raise ValueError(f'{key}={value!r} is not a str')
-
-
-def to_bool(key, value):
-    if isinstance(value, bool):
-        return value
-    if isinstance(value, str) and value.lower() in ('true', 'false'):
-        return value.lower() == 'true'
-    raise ValueError(f'{key}={value!r} is not a bool: write True or False')
-
-
-def to_int(key, value):
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value
-    if isinstance(value, str) and re.fullmatch(r'[+-]?\d+(_\d+)*', value):
-        return int(value)
-    raise ValueError(f'{key}={value!r} is not an int')
-
-
-def to_float(key, value):
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if math.isfinite(number) and not isinstance(value, bool):
-        return number
-    raise ValueError(f'{key}={value!r} is not a finite float')
 
 
 # --- all of them ----------------------------------------------------------------------------------
@@ -109,33 +81,18 @@ def read_config(path):
 
     Names with a leading underscore, functions and imports are the file's own business.
     """
-    try:
-        with open(path, encoding='utf-8-sig') as f:
-            source = f.read()
-    except (OSError, UnicodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        hint = did_you_mean(os.path.basename(path), configs_beside(path))
-        raise ValueError(f"config file '{path}' cannot be read: {reason}{hint}") from None
     names = {}
     try:
-        exec(compile(source, path, 'exec'), {'__name__': 'config', '__file__': path}, names)
-    except SyntaxError as error:
-        raise ValueError(f"config file '{path}' line {error.lineno}: {error.msg}") from None
+        with open(path, encoding='utf-8-sig') as f:
+            code = compile(f.read(), path, 'exec')
+        exec(code, {'__name__': 'config', '__file__': path}, names)
     except Exception as error:  # whatever the file's code raises
-        raise ValueError(f"config file '{path}': {type(error).__name__}: {error}") from None
+        reason = f'{type(error).__name__}: {error}'
+        raise ValueError(f"config file '{path}' cannot be read: {reason}") from None
     return {
         key: value for key, value in names.items()
         if not key.startswith('_') and not callable(value) and not inspect.ismodule(value)
     }
-
-
-def configs_beside(path):
-    """Names of the other .py files in the folder of `path`."""
-    folder = os.path.dirname(path) or '.'
-    if not os.path.isdir(folder):
-        return []
-    names = set(os.listdir(folder)) - {os.path.basename(path)}
-    return sorted(name for name in names if name.endswith('.py'))
 
 
 def parse(cls, argv, config_files=True):
@@ -160,13 +117,10 @@ def parse(cls, argv, config_files=True):
             problems.append(f'{where}: {error}')
 
     for argument in argv:
-        if argument.startswith('--'):
-            key, equals, value = argument[2:].partition('=')
-            if equals:
-                assign('command line', key, value)
-                typed.add(key)
-            else:
-                problems.append(f"command line: '{argument}' has no value; write --{key}=VALUE")
+        key, equals, value = argument.partition('=')
+        if key.startswith('--') and equals:
+            assign('command line', key[2:], value)
+            typed.add(key[2:])
         elif config_files and argument.endswith('.py'):
             try:
                 for key, value in read_config(argument).items():
@@ -186,19 +140,17 @@ def changed(settings):
 
 
 def help_text(cls, usage):
-    """Every setting with type, default and the comment that stands behind it in the source.
-
-    A comment on a line of its own goes on with the help of the setting above it.
-    """
+    """Every setting with type, default and its comments, at its line and below, in the source."""
     lines = [usage, '']
     for line in inspect.getsource(cls).splitlines():
         if found := re.match(r'    (\w+): .*?  # (.*)', line):
             field = cls.__dataclass_fields__[found[1]]
             default = f'{field.name}={field.default!r}'
-            lines.append(f'  --{default:34s} {type_name(field.type)}')
+            kind = ' | '.join(get_args(field.type)) or field.type.__name__
+            lines.append(f'  --{default:34s} {kind}')
             lines.append(f'        {found[2]}')
         elif found := re.match(r'    # -+ (.*?) -+$', line):
             lines.append(f'{found[1]}:')
         elif found := re.match(r'    # +(.*)', line):
-            lines.append(f'        {found[1]}')  # a comment that goes on
+            lines.append(f'        {found[1]}')
     return '\n'.join(lines)
