@@ -1,6 +1,7 @@
 """What of the settings alone can be known to be wrong, and which of them have no effect."""
-from typing import Callable, NamedTuple
+import re
 
+from model import model_config
 from support.settings import changed
 
 AT_LEAST_1 = '''batch_size gradient_accumulation_steps block_size n_layer n_head n_embd
@@ -28,8 +29,7 @@ def check(s, typed=()):
         require(getattr(s, key) >= 0, key, 'must not be negative')
     for key in ('beta1', 'beta2', 'dropout'):
         require(0 <= getattr(s, key) < 1, key, 'must be at least 0 and below 1')
-    for key in ('out_dir', 'dataset'):
-        require(getattr(s, key), key, 'must not be empty')
+    require(s.out_dir, 'out_dir', 'must not be empty')
     require(s.seed < 2**63, 'seed', 'must be below 2^63, which PyTorch takes')
     require(s.min_lr <= s.learning_rate, 'min_lr learning_rate', 'must not be above learning_rate')
     decay_iters = s.lr_decay_iters or s.max_iters
@@ -45,22 +45,21 @@ def check(s, typed=()):
 
 def check_shapes(s, require):
     """Shapes of the model that do not fit each other."""
+    config = model_config(s, vocab_size=1)
     if s.n_head >= 1:
         nearest = max(1, s.n_embd // s.n_head) * s.n_head
         require(s.n_embd % s.n_head == 0, 'n_embd n_head',
                 f'the width must be a multiple of the heads, e.g. n_embd={nearest}')
-        width = s.n_embd // s.n_head
         unit = 4 if s.attention == 'mla' else 2  # half of a latent head is rotary
-        require(s.positions != 'rotary' or width % unit == 0, 'positions n_embd n_head',
-                f'rotary positions need a head width that {unit} divides, not {width}')
+        require(s.positions != 'rotary' or config.head_width % unit == 0, 'positions n_embd n_head',
+                f'rotary positions need a head width that {unit} divides, not {config.head_width}')
     if s.n_kv_head > 0:
         require(s.n_head % s.n_kv_head == 0, 'n_head n_kv_head',
                 'the heads must be a multiple of the key and value heads')
     require(s.ra_window >= -1, 'ra_window', 'must be at least 0, or -1 for all earlier tokens')
-    window_cuts = 0 <= s.ra_window < s.block_size - 1
-    require(not (is_reciprocal(s) and s.dropout and window_cuts), 'dropout ra_window',
+    require(not (config.windowed and s.dropout), 'dropout ra_window',
             'the window has no dropout; set --dropout=0 or --ra_window=-1')
-    require(not (is_reciprocal(s) and s.n_kv_head), 'n_kv_head ra_alpha ra_learned',
+    require(not (config.reciprocal and s.n_kv_head), 'n_kv_head ra_alpha ra_learned',
             'the reciprocal term exchanges query and key, so it needs a key for each head; '
             'set --n_kv_head=0')
     if s.fp8:
@@ -76,80 +75,61 @@ def check_pruning(s, require):
             'must be at least 0, or -1 for pruned for good')
     if s.prune_score == 'none':
         return
-    start = s.max_iters * 3 // 10
-    end = s.max_iters * 19 // 20
     require(0 <= s.prune_start < s.prune_end <= s.max_iters, 'prune_start prune_end max_iters',
-            'the ramp must start before it ends and end within the run, '
-            f'e.g. --prune_start={start} --prune_end={end}')
-    if s.optimizer != 'adamwspam' or s.spam_interval == 0:
-        return
-    # No masks are chosen in the spam_warmup + 1 updates from a reset on.
-    require(s.spam_warmup + 1 < s.spam_interval, 'spam_interval spam_warmup prune_score',
-            'no masks are chosen in the warm-up, and it would never be over')
-    key = 'prune_start' if s.prune_pattern == '2:4' and s.prune_regrow < 0 else 'prune_end'
-    last = getattr(s, key)
-    since_reset = last % s.spam_interval
-    if last >= s.spam_interval and since_reset <= s.spam_warmup:
-        chosen = last - since_reset + s.spam_warmup + 1
-        require(chosen <= s.max_iters, f'{key} max_iters spam_interval spam_warmup',
+            'the ramp must start before it ends and end within the run, e.g. --prune_start='
+            f'{s.max_iters * 3 // 10} --prune_end={s.max_iters * 19 // 20}')
+    if s.optimizer == 'adamwspam' and s.spam_interval > 0:
+        # No masks are chosen in the spam_warmup + 1 updates from a reset on.
+        require(s.spam_warmup + 1 < s.spam_interval, 'spam_interval spam_warmup prune_score',
+                'no masks are chosen in the warm-up, and it would never be over')
+        since_reset = s.prune_end % s.spam_interval
+        chosen = s.prune_end
+        if s.prune_end >= s.spam_interval and since_reset <= s.spam_warmup:
+            chosen += s.spam_warmup + 1 - since_reset
+        require(chosen <= s.max_iters, 'prune_end max_iters spam_interval spam_warmup',
                 'no masks are chosen in the warm-up, so target_sparsity would be reached at '
                 f'{chosen}, after the run')
-
-
-def is_reciprocal(s):
-    return s.ra_learned or s.ra_alpha != 0
 
 
 # --- settings without effect ----------------------------------------------------------------------
 
 
-class Dependence(NamedTuple):
-    """These settings act only under a condition, which others decide."""
-    keys: str
-    needs: str  # as a user would write it
-    decided_by: str
-    holds: Callable
-
-
-DEPENDENCES = (
-    Dependence('latent_dim', 'attention=mla', 'attention', lambda s: s.attention == 'mla'),
-    Dependence('n_kv_head', 'attention=mha', 'attention', lambda s: s.attention == 'mha'),
-    Dependence('ra_window', 'ra_alpha or ra_learned', 'ra_alpha ra_learned', is_reciprocal),
-    Dependence('activation_budget', 'compile=True', 'compile', lambda s: s.compile),
-    Dependence('spam_mode spam_interval spam_warmup', 'optimizer=adamwspam', 'optimizer',
-               lambda s: s.optimizer == 'adamwspam'),
-    Dependence('target_sparsity prune_scope prune_allocation prune_lr_power prune_schedule '
-               'prune_start prune_end prune_interval prune_regrow prune_pattern',
-               'a prune_score', 'prune_score', lambda s: s.prune_score != 'none'),
-    Dependence('optimizer', 'a prune_score, and is adamw', 'prune_score',
-               lambda s: s.optimizer != 'adamwprune' or s.prune_score != 'none'),
-    Dependence('prune_allocation', 'a prune_score other than bitter4, which has its own',
-               'prune_score', lambda s: s.prune_score != 'bitter4'),
-    Dependence('prune_schedule prune_allocation', 'prune_pattern=unstructured', 'prune_pattern',
-               lambda s: s.prune_pattern == 'unstructured'),
-    Dependence('prune_interval', 'prune_pattern=unstructured or prune_regrow',
-               'prune_pattern prune_regrow',
-               lambda s: s.prune_pattern == 'unstructured' or s.prune_regrow >= 0),
-)
-
-
 def without_effect(s):
-    """[(name, what it needs, names that decide)] of the changed settings that act on nothing."""
+    """{name: what it needs, as a user would write it} of the changed settings that act on nothing.
+
+    The settings that a need names are those that decide.
+    """
+    idle = {}
+
+    def act_only(keys, needs, met):
+        if not met:
+            for key in keys.split():
+                idle.setdefault(key, needs)
+
+    act_only('latent_dim', 'attention=mla', s.attention == 'mla')
+    act_only('n_kv_head', 'attention=mha', s.attention == 'mha')
+    act_only('ra_window', 'ra_alpha or ra_learned', s.ra_alpha != 0 or s.ra_learned)
+    act_only('activation_budget', 'compile=True', s.compile)
+    act_only('spam_mode spam_interval spam_warmup', 'optimizer=adamwspam',
+             s.optimizer == 'adamwspam')
+    act_only('target_sparsity prune_scope prune_allocation prune_lr_power prune_schedule '
+             'prune_start prune_end prune_interval prune_regrow prune_pattern',
+             'a prune_score', s.prune_score != 'none')
+    act_only('optimizer', 'a prune_score, and is adamw',
+             s.optimizer != 'adamwprune' or s.prune_score != 'none')
+    act_only('prune_allocation', 'a prune_score other than bitter4, which has its own',
+             s.prune_score != 'bitter4')
+    act_only('prune_schedule prune_allocation', 'prune_pattern=unstructured',
+             s.prune_pattern == 'unstructured')
     different = changed(s)
-    found = {}
-    for dependence in DEPENDENCES:
-        if dependence.holds(s):
-            continue
-        for key in dependence.keys.split():
-            if key in different and key not in found:
-                found[key] = (key, dependence.needs, dependence.decided_by.split())
-    return list(found.values())
+    return {key: needs for key, needs in idle.items() if key in different}
 
 
 def contradictions(s, typed):
     """Problems: settings typed on the command line that others typed there deprive of effect."""
     problems = []
-    for key, needs, deciders in without_effect(s):
+    for key, needs in without_effect(s).items():
+        deciders = [word for word in re.findall(r'\w+', needs) if word in vars(s)]
         others = [name for name in deciders if name in typed]
         if key in typed and others:
             told = ' '.join(f'{name}={getattr(s, name)!r}' for name in others)
