@@ -3,9 +3,9 @@
 out_dir/ holds config.json, train.log, metrics.jsonl, last.pt (everything, to resume from), best.pt
 (weights) and summary.json.
 """
+import contextlib
 import importlib
 import json
-import math
 import os
 import platform
 import subprocess
@@ -22,10 +22,7 @@ from support.settings import Refused
 
 
 def save_checkpoint(path, content):
-    """Write a dict of tensors, containers and primitives, atomically.
-
-    Refused if the disk has no room; the previous file stays.
-    """
+    """Write a dict of tensors, containers and primitives; Refused if the disk has no room."""
     try:
         write_atomically(path, lambda f: torch.save(content, f))
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
@@ -45,8 +42,7 @@ def load_checkpoint(path):
         content = torch.load(path, map_location='cpu', weights_only=True)
         written_as = content.get('format')
     except Exception as error:  # torch raises a dozen types for a damaged file
-        first = (str(error).splitlines() or [''])[0]
-        reason = f'{type(error).__name__}: {first}'[:120]
+        reason = f'{type(error).__name__}: {error}'.splitlines()[0][:120]
         raise Refused(f'checkpoint {path} is damaged or not one of ours ({reason}); use another '
                       'copy, e.g. best.pt for the weights') from None
     if written_as != FORMAT:
@@ -70,17 +66,12 @@ def pack(tensor, mask):
 
 
 def unpack(packed):
-    """The tensor of pack, to the bit, +0 where pruned. ValueError if its parts disagree."""
-    size = math.prod(packed['shape'])
-    bits = packed['bits'].cpu().numpy()
-    mask = np.unpackbits(bits)[:size].astype(bool)
+    """The tensor of pack, to the bit, +0 where pruned."""
     values = packed['values']
-    if len(bits) != -(-size // 8) or mask.sum() != values.numel():
-        raise ValueError(f"packed tensor of shape {packed['shape']}: {len(bits)} bytes of mask "
-                         f'that keep {mask.sum()} weights do not fit {values.numel()} values')
-    out = torch.zeros(size, dtype=values.dtype)
-    out[torch.from_numpy(mask)] = values
-    return out.view(packed['shape'])
+    out = torch.zeros(packed['shape'], dtype=values.dtype)
+    mask = np.unpackbits(packed['bits'].numpy(), count=out.numel()).astype(bool)
+    out.view(-1)[torch.from_numpy(mask)] = values
+    return out
 
 
 def pack_weights(weights, masks, dtype):
@@ -98,6 +89,8 @@ def unpack_weights(weights):
 
 
 # --- log, metrics, tracker ------------------------------------------------------------------------
+
+TRACKERS = ('none', 'wandb', 'trackio')  # the last two have the same interface
 
 
 def clock(seconds):
@@ -117,7 +110,7 @@ class RunLog:
     def __init__(self, out_dir, tracker='none', config=None, keep_until=None, write=True):
         """keep_until: the step a run resumes from; what was measured after it goes. None: anew."""
         self.write = write
-        self.track = None
+        self.tracker = None
         if not write:
             return
         os.makedirs(out_dir, exist_ok=True)
@@ -131,10 +124,22 @@ class RunLog:
         self.metrics = open(metrics, 'a', encoding='utf-8')
         mode = 'w' if keep_until is None else 'a'
         self.text = open(os.path.join(out_dir, 'train.log'), mode, encoding='utf-8')
+        if tracker != 'none':
+            with self.tracker_may_fail(tracker):
+                package = importlib.import_module(tracker)
+                name = os.path.basename(os.path.abspath(out_dir))
+                package.init(project='nanoprune', name=name, config=config)
+                self.tracker = package
+
+    @contextlib.contextmanager
+    def tracker_may_fail(self, name):
+        """A tracker never ends a run: it is left out from its first error on."""
         try:
-            self.track = open_tracker(tracker, out_dir, config or {})
+            yield
         except Exception as error:  # whatever its package raises
-            self.warn(f'tracker={tracker} is not available', error)
+            self.tracker = None
+            self.say(f'WARNING: tracker={name} is not available ({type(error).__name__}: {error}); '
+                     'metrics.jsonl has it all')
 
     def say(self, line=''):
         if self.write:
@@ -142,22 +147,17 @@ class RunLog:
             self.text.write(line + '\n')
             self.text.flush()
 
-    def warn(self, what, error):
-        self.say(f'WARNING: {what} ({type(error).__name__}: {error}); metrics.jsonl has it all')
-
     def measure(self, record):
         """One object of metrics.jsonl."""
         if not self.write:
             return
         self.metrics.write(json.dumps(finite_or_none(record)) + '\n')
         self.metrics.flush()
-        if self.track:
-            numbers = {k: v for k, v in record.items() if isinstance(v, (int, float))}
-            try:
-                self.track(numbers, record['step'])
-            except Exception as error:  # a tracker never ends a run
-                self.track = None
-                self.warn('the tracker failed', error)
+        if self.tracker:
+            numbers = {key: value for key, value in record.items() if value is not None}
+            step = numbers.pop('step')
+            with self.tracker_may_fail(self.tracker.__name__):
+                self.tracker.log(numbers, step=step)
 
     def close(self):
         if self.write:
@@ -167,61 +167,27 @@ class RunLog:
 
 def read_metrics(path):
     """The objects of a metrics.jsonl; a last line cut short by a crash is left out."""
-    records = []
     if not os.path.exists(path):
-        return records
+        return []
     with open(path, encoding='utf-8') as f:
-        for line in f:
-            try:
-                records.append(json.loads(line))
-            except ValueError:
-                break
-    return records
-
-
-TRACKERS = ('none', 'wandb', 'trackio', 'tensorboard')
-
-
-def open_tracker(name, out_dir, config):
-    """A function (numbers, step) for the tracker `name`; raises whatever its package raises."""
-    if name == 'none':
-        return None
-    if name == 'tensorboard':
-        tensorboard = importlib.import_module('torch.utils.tensorboard')
-        writer = tensorboard.SummaryWriter(os.path.join(out_dir, 'tensorboard'))
-
-        def write_all(numbers, step):
-            for key, value in numbers.items():
-                writer.add_scalar(key, value, step)
-        return write_all
-    package = importlib.import_module(name)  # wandb and trackio share this interface
-    run_name = os.path.basename(os.path.normpath(out_dir))
-    package.init(project='nanoprune', name=run_name, config=config)
-    if name == 'wandb':
-        return lambda numbers, step: package.log(numbers, step=step)
-    return lambda numbers, step: package.log(numbers)
+        return [json.loads(line) for line in f if line.endswith('\n')]
 
 
 def provenance():
     """What made this run: command, commit of the code (and whether it was edited), versions."""
+    home = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    describe = ['git', '-C', home, 'describe', '--always', '--dirty', '--abbrev=40', '--exclude=*']
+    try:
+        told = subprocess.run(describe, capture_output=True, text=True).stdout.strip()
+    except OSError:  # there is no git
+        told = ''
     return dict(
         command=' '.join(sys.argv),
-        commit=git('rev-parse', 'HEAD') or 'unknown',
-        edited=bool(git('status', '--porcelain', '--untracked-files=no')),
+        commit=told.removesuffix('-dirty') or 'unknown',
+        edited=told.endswith('-dirty'),
         python=platform.python_version(),
         torch=torch.__version__,
         cuda=torch.version.cuda,
         hip=torch.version.hip,
         host=platform.node(),
     )
-
-
-def git(*words):
-    """What git says of the folder of this code, empty if there is no git or no repository."""
-    home = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    command = ['git', '-C', home, *words]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.SubprocessError):
-        return ''
-    return done.stdout.strip()

@@ -184,15 +184,6 @@ def test_packed_weights_come_back_to_the_bit(shape, dtype):
         assert packed['bits'].nbytes + packed['values'].nbytes <= 0.55 * dense.nbytes
 
 
-def test_packed_weights_whose_parts_disagree_are_refused():
-    packed = pack(torch.ones(4, 4), torch.ones(4, 4, dtype=torch.bool))
-    damages = [dict(shape=[4, 5]), dict(shape=[4, 2]), dict(values=torch.ones(15)),
-               dict(bits=torch.zeros(2, dtype=torch.uint8))]
-    for damage in damages:
-        with pytest.raises(ValueError, match='packed tensor of shape'):
-            unpack({**packed, **damage})
-
-
 def test_matrices_are_packed_in_the_working_type_and_vectors_stay_as_they_are():
     weights = {'matrix': torch.full((4, 4), 1.001), 'dense': torch.full((2, 2), 1.001),
                'vector': torch.full((4,), 1.001)}
@@ -270,6 +261,9 @@ def test_provenance_names_command_commit_and_versions(monkeypatch):
     repository = ['git', '-C', str(HOME), 'rev-parse', 'HEAD']
     done = subprocess.run(repository, capture_output=True, text=True)
     assert told['commit'] == (done.stdout.strip() or 'unknown')
+    status = [*repository[:3], 'status', '--porcelain', '--untracked-files=no']
+    changes = subprocess.run(status, capture_output=True, text=True).stdout
+    assert told['edited'] == bool(changes.strip())
     monkeypatch.setenv('PATH', '')  # a machine without git
     assert (provenance()['commit'], provenance()['edited']) == ('unknown', False)
 
@@ -306,27 +300,8 @@ def test_tracker_gets_what_is_measured_until_it_fails(tmp_path, monkeypatch, nam
         log.measure(record)
     log.close()
     assert began == [('nanoprune', 'run', dict(seed=3))]
-    told = [1, 2] if name == 'wandb' else [None, None]
-    assert got == [(dict(step=1, loss=1.0), told[0]), (dict(step=2, loss=0.5), told[1])]
+    assert got == [(dict(loss=1.0), 1), (dict(loss=0.5), 2)]
     assert (tmp_path / 'run' / 'train.log').read_text() == (
-        'WARNING: the tracker failed (ConnectionError: no network); metrics.jsonl has it all\n')
+        f'WARNING: tracker={name} is not available (ConnectionError: no network); '
+        'metrics.jsonl has it all\n')
     assert records(tmp_path / 'run') == measured
-
-
-def test_tensorboard_gets_scalars(tmp_path, monkeypatch):
-    written = []
-
-    class SummaryWriter:
-        def __init__(self, folder):
-            written.append(folder)
-
-        def add_scalar(self, key, value, step):
-            written.append((key, value, step))
-
-    package = types.ModuleType('torch.utils.tensorboard')
-    package.SummaryWriter = SummaryWriter
-    monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', package)
-    log = RunLog(str(tmp_path), tracker='tensorboard')
-    log.measure(dict(step=7, loss=2.0, mfu=None))
-    log.close()
-    assert written == [str(tmp_path / 'tensorboard'), ('step', 7, 7), ('loss', 2.0, 7)]
