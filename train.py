@@ -135,7 +135,6 @@ class Run:
     bad_step: torch.Tensor  # 0-dim int64 on the device: first step without finite gradients or -1
     stop_signal: int = 0
     graphs: tuple = (0, 0)  # (compiled graphs, graph breaks) when last looked at
-    graphs_before: tuple = (0, 0)  # of this process, before this model was compiled
     start_step: int = 0  # where this session began
     began: float = field(default_factory=time.monotonic)
     mark: float = field(default_factory=time.monotonic)  # time of the last log step, moved on by

@@ -82,11 +82,13 @@ def check_pruning(s, require):
         # No masks are chosen in the spam_warmup + 1 updates from a reset on.
         require(s.spam_warmup + 1 < s.spam_interval, 'spam_interval spam_warmup prune_score',
                 'no masks are chosen in the warm-up, and it would never be over')
-        since_reset = s.prune_end % s.spam_interval
-        chosen = s.prune_end
-        if s.prune_end >= s.spam_interval and since_reset <= s.spam_warmup:
+        at_once = s.prune_pattern == '2:4' and s.prune_regrow < 0
+        last = 'prune_start' if at_once else 'prune_end'
+        chosen = getattr(s, last)
+        since_reset = chosen % s.spam_interval
+        if chosen >= s.spam_interval and since_reset <= s.spam_warmup:
             chosen += s.spam_warmup + 1 - since_reset
-        require(chosen <= s.max_iters, 'prune_end max_iters spam_interval spam_warmup',
+        require(chosen <= s.max_iters, f'{last} max_iters spam_interval spam_warmup',
                 'no masks are chosen in the warm-up, so target_sparsity would be reached at '
                 f'{chosen}, after the run')
 

@@ -184,6 +184,8 @@ def rows_of(run):
         pruning = (f'{s.target_sparsity:.1%} of the {run.pruner.scope_size:,} weights of '
                    f'{s.prune_scope} by {s.prune_score}, between step {s.prune_start} and '
                    f'{s.prune_end}; their learning rate x {factor:.3g} in the end')
+    memory = counted_memory(run)
+    parts = ', '.join(f'{part} {size(n)}' for part, n in memory.items() if n)
     start = f', continued from step {run.start_step}' if run.start_step else ''
     return {
         'settings': ' '.join(f'{key}={value!r}' for key, value in changed(s).items()),
@@ -199,6 +201,22 @@ def rows_of(run):
         'optimizer': f'{type(run.optimizer).__name__}, {s.warmup_iters} warm-up, '
                      f'{s.learning_rate:g} -> {s.min_lr:g} at {s.lr_decay_iters or s.max_iters} '
                      f'({s.lr_schedule})',
+        'memory, counted': f'{size(sum(memory.values()))} and activations: {parts}',
         'pruning': pruning,
         'run directory': s.out_dir + start,
+    }
+
+
+def counted_memory(run):
+    """{part: bytes} on one device, of what can be counted: activations are not."""
+    s = run.settings
+    parameters = run.model.parameter_count()
+    element = run.machine.dtype.itemsize
+    tokens = min(s.loss_chunk_tokens, s.batch_size * s.block_size)
+    return {
+        'working weights': parameters * element if element < 4 else 0,
+        'master weights': parameters * 4,
+        'moments': parameters * 8,
+        'gradients': parameters * (4 + element),
+        'logits': tokens * run.model.config.padded_vocab_size * element,
     }

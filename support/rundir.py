@@ -90,7 +90,7 @@ def unpack_weights(weights):
 
 # --- log, metrics, tracker ------------------------------------------------------------------------
 
-TRACKERS = ('none', 'wandb', 'trackio')  # the last two have the same interface
+TRACKERS = ('none', 'wandb', 'trackio', 'tensorboard')
 
 
 def clock(seconds):
@@ -110,7 +110,8 @@ class RunLog:
     def __init__(self, out_dir, tracker='none', config=None, keep_until=None, write=True):
         """keep_until: the step a run resumes from; what was measured after it goes. None: anew."""
         self.write = write
-        self.tracker = None
+        self.tracker = tracker
+        self.track = None  # function (numbers, step)
         if not write:
             return
         os.makedirs(out_dir, exist_ok=True)
@@ -126,10 +127,7 @@ class RunLog:
         self.text = open(os.path.join(out_dir, 'train.log'), mode, encoding='utf-8')
         if tracker != 'none':
             with self.tracker_may_fail(tracker):
-                package = importlib.import_module(tracker)
-                name = os.path.basename(os.path.abspath(out_dir))
-                package.init(project='nanoprune', name=name, config=config)
-                self.tracker = package
+                self.track = open_tracker(tracker, out_dir, config)
 
     @contextlib.contextmanager
     def tracker_may_fail(self, name):
@@ -137,7 +135,7 @@ class RunLog:
         try:
             yield
         except Exception as error:  # whatever its package raises
-            self.tracker = None
+            self.track = None
             self.say(f'WARNING: tracker={name} is not available ({type(error).__name__}: {error}); '
                      'metrics.jsonl has it all')
 
@@ -153,11 +151,11 @@ class RunLog:
             return
         self.metrics.write(json.dumps(finite_or_none(record)) + '\n')
         self.metrics.flush()
-        if self.tracker:
+        if self.track:
             numbers = {key: value for key, value in record.items() if value is not None}
             step = numbers.pop('step')
-            with self.tracker_may_fail(self.tracker.__name__):
-                self.tracker.log(numbers, step=step)
+            with self.tracker_may_fail(self.tracker):
+                self.track(numbers, step)
 
     def close(self):
         if self.write:
@@ -165,12 +163,32 @@ class RunLog:
             self.text.close()
 
 
+def open_tracker(name, out_dir, config):
+    """A function (numbers, step); raises whatever the tracker's package raises."""
+    if name == 'tensorboard':
+        tensorboard = importlib.import_module('torch.utils.tensorboard')
+        writer = tensorboard.SummaryWriter(os.path.join(out_dir, 'tensorboard'))
+        return lambda numbers, step: [writer.add_scalar(k, v, step) for k, v in numbers.items()]
+    package = importlib.import_module(name)  # wandb and trackio have the same interface
+    run_name = os.path.basename(os.path.abspath(out_dir))
+    package.init(project='nanoprune', name=run_name, config=config)
+    return lambda numbers, step: package.log(numbers, step=step)
+
+
 def read_metrics(path):
-    """The objects of a metrics.jsonl; a last line cut short by a crash is left out."""
+    """The objects of a metrics.jsonl; lines that are damaged or cut short are left out."""
+    records = []
     if not os.path.exists(path):
-        return []
-    with open(path, encoding='utf-8') as f:
-        return [json.loads(line) for line in f if line.endswith('\n')]
+        return records
+    with open(path, encoding='utf-8', errors='replace') as f:
+        for line in f:
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(record, dict) and 'step' in record:
+                records.append(record)
+    return records
 
 
 def provenance():

@@ -185,6 +185,7 @@ POSSIBLE = {
     'score under any optimizer': dict(PRUNED, optimizer='adamw'),
     'ramp, spike warm-up that ends in time': dict(SPAM, prune_end=13, max_iters=15),
     'ramp, no spike warm-up at its end': dict(SPAM, prune_end=15, max_iters=15),
+    '2:4 is complete at prune_start': dict(SPAM, prune_end=13, max_iters=14, prune_pattern='2:4'),
 }
 
 

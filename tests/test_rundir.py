@@ -305,3 +305,28 @@ def test_tracker_gets_what_is_measured_until_it_fails(tmp_path, monkeypatch, nam
         f'WARNING: tracker={name} is not available (ConnectionError: no network); '
         'metrics.jsonl has it all\n')
     assert records(tmp_path / 'run') == measured
+
+
+def test_tensorboard_gets_each_number_at_its_step(tmp_path, monkeypatch):
+    written = []
+
+    class SummaryWriter:
+        def __init__(self, folder):
+            self.folder = folder
+
+        def add_scalar(self, name, value, step):
+            written.append((name, value, step))
+
+    module = types.SimpleNamespace(SummaryWriter=SummaryWriter)
+    monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', module)
+    log = RunLog(str(tmp_path), tracker='tensorboard')
+    log.measure(dict(step=5, loss=2.5, mfu=None))
+    log.close()
+    assert written == [('loss', 2.5, 5)]
+
+
+def test_damaged_lines_of_the_metrics_are_left_out(tmp_path):
+    path = tmp_path / 'metrics.jsonl'
+    path.write_bytes(b'{"step": 1, "loss": 3.0}\n{"step": 2, "lo\xff\n[]\n'
+                     b'{"step": 3, "loss": 2.0}\n')
+    assert [record['step'] for record in read_metrics(path)] == [1, 3]
