@@ -1,39 +1,34 @@
 """Text in, token shards out.
 
 python prepare.py SOURCE [--key=value ...] writes data/<name>/: train_000000.bin, ...,
-val_000000.bin, ... and, last, meta.json. It may be killed at any time; the same command continues.
+val_000000.bin, ... and meta.json, which gets its fingerprint when all is done. It may be killed
+at any time; the same command continues.
 
 The sources of text are in support/sources.py; the format of the shards, their reader and the
 tokenizers are in support/shards.py.
 """
 import contextlib
-import dataclasses
 import fcntl
 import hashlib
 import itertools
 import os
 import pathlib
 import re
-import shutil
 import sys
-import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 from tqdm import tqdm
 
 from support import shards
-from support.files import read_json, write_json
-from support.settings import Refused, changed, help_text, parse, run_command
+from support.files import write_json
+from support.settings import Refused, help_text, parse, run_command
 from support.sources import SOURCES
 
-CHUNK_CHARACTERS = 1 << 20  # that a thread gets at a time: much beside the cost of handing over
-JOURNAL_SECONDS = 60  # at most this much work is lost to a kill, unless one document takes longer
-WINDOW_TOKENS = 1025  # what one row of GPT-2's context reads, targets included
-BYTES_PER_TOKEN = {'gpt2': 4.5, 'bytes': 1.0}  # about, of English
+SAVE_TOKENS = 1 << 24  # at most this much work, 32 MB, is lost to a kill
 
 
 @dataclass
@@ -42,17 +37,17 @@ class PrepareSettings:
     name: str = ''  # of the data set, which a config's `dataset` must match; empty: the source's
     input: str = ''  # files or folders of .txt, .jsonl, .parquet, comma-separated
     val_input: str = ''  # the same, for validation; empty: val_fraction of the documents of input
-    source: str = 'HuggingFaceFW/fineweb-edu'  # Hugging Face data set, or folder of Parquet files
     max_tokens: int = 0  # stop after the document that reaches it, both splits together; 0: all
     tokenizer: Literal[*shards.VOCABULARY] = 'gpt2'  # GPT-2's 50257 or 257 for bytes of UTF-8
-    val_fraction: float = 0.005  # of the documents, chosen by hash of the text, for validation
+    val_fraction: float = 0.005  # of the documents, chosen by hash of the text, for validation;
+    # of fewer documents than 2 / val_fraction in input, the end of each
     # --- where and how ----------------------------------------------------------------------------
     data_dir: str = ''  # folder of the shards; empty: data/<name>
     shard_tokens: int = 100_000_000  # tokens a shard, 2 bytes each (llm.c's size)
 
 
-def check(name, settings):
-    """Problems of the settings, and of settings that the source called `name` does not use."""
+def check(source, settings, typed):
+    """Problems of the settings, for the source of that name; typed: names on the command line."""
     problems = []
     if settings.max_tokens < 0:
         problems.append(f'max_tokens={settings.max_tokens}: must be at least 0')
@@ -64,11 +59,10 @@ def check(name, settings):
     if not re.fullmatch(r'(\w[\w.-]*)?', settings.name):
         problems.append(f'name={settings.name!r}: use letters, digits, _ . - only, because it '
                         'names a folder')
-    typed = changed(settings)
-    of_some = set().union(*(source.uses for source in SOURCES.values()))
-    for key in sorted(of_some - set(SOURCES[name].uses)):
-        if key in typed:
-            problems.append(f'{key}={typed[key]!r}: {name} does not use it; leave it out')
+    for key in ('input', 'val_input'):
+        if key in typed and source != 'text':
+            problems.append(f'{key}={getattr(settings, key)!r}: {source} does not use it; leave it '
+                            'out')
     if settings.val_input and 'val_fraction' in typed:
         problems.append(f'val_fraction={settings.val_fraction}: all of val_input is validation; '
                         'leave out one of the two')
@@ -78,157 +72,121 @@ def check(name, settings):
 # --- tokenising, in several threads ---------------------------------------------------------------
 
 
-class Encoded(NamedTuple):
-    """A chunk of D documents, N tokens together. Each document ends with <|endoftext|>."""
-    tokens: np.ndarray  # (N,) uint16
-    lengths: np.ndarray  # (D,) tokens of each document
-    in_val: np.ndarray  # (D,) bool
-    state: Any  # of the source after them
+def encode(text, chance, tokenizer):
+    """(uint16 tokens with a final <|endoftext|>, split) of a document."""
+    raw = text.encode(errors='replace')  # half a surrogate pair, which JSON can hold, is a ?
+    tokens = tokenizer.encode(raw.decode()) + [tokenizer.eot]
+    number = int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), 'big')
+    split = 'val' if number < chance * 2**64 else 'train'
+    return np.array(tokens, np.uint16), split
 
 
-def encode_chunk(documents, state, tokenizer):
-    """Encoded of a list of documents; a document is (text, chance of being validation)."""
-    pieces = []
-    lengths = []
-    in_val = []
-    for text, chance in documents:
-        raw = text.encode(errors='replace')  # half a surrogate pair, which JSON can hold, is a ?
-        tokens = tokenizer.encode_array(raw.decode())
-        number = int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), 'big')
-        pieces += [tokens, np.array([tokenizer.eot], np.uint16)]
-        lengths.append(len(tokens) + 1)
-        in_val.append(number < chance * 2**64)
-    return Encoded(np.concatenate(pieces), np.array(lengths), np.array(in_val), state)
-
-
-def chunks_of(documents, state):
-    """(list of documents, state after them): about CHUNK_CHARACTERS, or one longer document."""
-    chunk = []
-    size = 0
-    for document in documents:
-        chunk.append(document)
-        size += len(document[0])
-        if size >= CHUNK_CHARACTERS:
-            yield chunk, state()
-            chunk = []
-            size = 0
-    if chunk:
-        yield chunk, state()
-
-
-def encoded(chunks, tokenizer):
-    """Encoded of each chunk, in order, with at most 2 chunks a core in memory.
+def encoded(documents, tokenizer):
+    """(tokens, split) of each document, in order.
 
     Threads are enough, because tiktoken tokenises without holding Python's lock.
     """
     threads = os.cpu_count() or 1
     waiting = deque()
     with ThreadPoolExecutor(threads) as pool:
-        for documents, state in chunks:
-            waiting.append(pool.submit(encode_chunk, documents, state, tokenizer))
-            if len(waiting) == 2 * threads:
+        for text, chance in documents:
+            waiting.append(pool.submit(encode, text, chance, tokenizer))
+            if len(waiting) == 8 * threads:
                 yield waiting.popleft().result()
         for future in waiting:
             yield future.result()
 
 
-# --- writing shards -------------------------------------------------------------------------------
+# --- writing --------------------------------------------------------------------------------------
 
 
-class SplitWriter:
-    """Writes split_000000.bin, split_000001.bin, ... in a folder.
+def append(folder, split, written, tokens, shard_tokens):
+    """Put tokens (N,) behind the first `written` ones of a split, and wait until the disk has them.
 
-    tokens: how many they hold by the journal. What a killed run wrote after them is overwritten.
+    What a killed run has left behind those is overwritten.
     """
-
-    def __init__(self, folder, split, shard_tokens, tokens):
-        self.folder = pathlib.Path(folder)
-        self.split = split
-        self.shard_tokens = shard_tokens
-        self.tokens = tokens
-        self.unsynced = set()  # paths
-        for path in self.folder.glob(f'{split}_{"[0-9]" * 6}.bin'):
-            if int(path.stem[-6:]) * shard_tokens >= tokens:
-                path.unlink()
-        path, filled = self.end()
-        if filled and path.stat().st_size < shards.HEADER_BYTES + 2 * filled:
-            raise Refused(f'{path}: shorter than journal.json says; delete the folder {folder} and '
-                          'start again')
-
-    def end(self):
-        """(path of the shard that the next token goes to, tokens it holds)."""
-        index, filled = divmod(self.tokens, self.shard_tokens)
-        return self.folder / f'{self.split}_{index:06d}.bin', filled
-
-    def append(self, tokens):
-        while len(tokens):
-            path, filled = self.end()
-            piece = tokens[:self.shard_tokens - filled]
-            with open(path, 'r+b' if filled else 'wb') as f:
-                f.write(shards.header(filled + len(piece)))
-                f.seek(2 * filled, os.SEEK_CUR)
-                f.write(piece.astype('<u2').tobytes())
-                f.truncate()
-            self.unsynced.add(path)
-            self.tokens += len(piece)
-            tokens = tokens[len(piece):]
-
-    def sync(self):
-        """Wait until all tokens are on the disk."""
-        for path in self.unsynced:
-            with open(path, 'rb') as f:
-                os.fsync(f.fileno())
-        self.unsynced.clear()
+    while len(tokens):
+        index, filled = divmod(written, shard_tokens)
+        piece = tokens[:shard_tokens - filled]
+        with open(os.path.join(folder, f'{split}_{index:06d}.bin'), 'r+b' if filled else 'wb') as f:
+            f.write(shards.header(filled + len(piece)))
+            f.seek(2 * filled, os.SEEK_CUR)
+            f.write(piece.astype('<u2').tobytes())
+            f.truncate()  # and flush
+            os.fsync(f.fileno())
+        written += len(piece)
+        tokens = tokens[len(piece):]
 
 
-# --- what a folder holds, and what is missing -----------------------------------------------------
+def write_meta(folder, meta):
+    write_json(os.path.join(folder, 'meta.json'), meta)
 
 
-@dataclass
-class Journal:
-    """journal.json: how far the folder is, enough to continue."""
-    arguments: dict  # what the shards depend on
-    cut: int | None = None  # tokens from this position on are validation, whatever the hash says
-    documents: int = 0
-    train_tokens: int = 0
-    val_tokens: int = 0
-    state: Any = None  # of the source
-
-    @property
-    def tokens(self):
-        return self.train_tokens + self.val_tokens
-
-    def write(self, folder):
-        write_json(os.path.join(folder, 'journal.json'), dataclasses.asdict(self))
+def save(settings, meta, pieces):
+    """Append pieces, [tokens] of each split, to the shards; then meta.json says so."""
+    for split, arrays in pieces.items():
+        if arrays:
+            tokens = np.concatenate(arrays)
+            written = meta[f'{split}_tokens']
+            append(settings.data_dir, split, written, tokens, settings.shard_tokens)
+            meta[f'{split}_tokens'] += len(tokens)
+            meta['documents'] += len(arrays)
+            arrays.clear()
+    write_meta(settings.data_dir, meta)
 
 
-def arguments_of(name, settings):
-    """What the tokens depend on: only a command that would write the same continues a folder."""
-    keys = ('name', 'tokenizer', 'val_fraction', 'shard_tokens', 'max_tokens')
-    given = {key: getattr(settings, key) for key in keys}
-    return {'prepare': name, 'source': SOURCES[name].origin(settings), **given}
+def write_tokens(documents, settings, meta):
+    """Tokenise what is missing by meta, write it, keep meta and meta.json up to date."""
+    tokenizer = shards.get_tokenizer(settings.tokenizer)
+    write_meta(settings.data_dir, meta)
+    documents = itertools.islice(documents, meta['documents'], None)
+    saved = meta['train_tokens'] + meta['val_tokens']
+    seen = saved
+    pieces = {'train': [], 'val': []}
+    with tqdm(total=settings.max_tokens or None, initial=seen, unit=' tokens', unit_scale=True,
+              disable=None) as bar:
+        for tokens, split in encoded(documents, tokenizer):
+            if 0 < settings.max_tokens <= seen:
+                break
+            pieces[split].append(tokens)
+            seen += len(tokens)
+            bar.update(len(tokens))
+            if seen - saved >= SAVE_TOKENS:
+                save(settings, meta, pieces)
+                saved = seen
+    save(settings, meta, pieces)
 
 
-def find_journal(folder, arguments):
-    """The journal to continue from, a new one for a new folder, None if all is done.
+# --- preparing a data set -------------------------------------------------------------------------
+
+
+def find_meta(folder, source, settings):
+    """meta.json's content, from which to continue, or that of a new folder.
 
     Refused if the folder holds anything that this command would not have written.
     """
+    keys = ('name', 'tokenizer', 'val_fraction', 'shard_tokens', 'max_tokens')
+    arguments = {key: getattr(settings, key) for key in keys}
+    arguments['source'] = SOURCES[source].origin(settings)
     meta = shards.read_meta(folder)
-    done = meta or read_json(os.path.join(folder, 'journal.json'))
-    found = sorted(f for f in os.listdir(folder) if f.endswith('.bin'))
-    if done is None and found:
-        raise Refused(f'{folder} holds {found[0]}, which was not prepared here; give another '
+    found = sorted(pathlib.Path(folder).glob('*.bin'))
+    if meta is None and found:
+        raise Refused(f'{folder} holds {found[0].name}, which was not prepared here; give another '
                       '--data_dir, or move it away')
-    if done is None or done['documents'] == 0:
-        return Journal(arguments)  # nothing is lost
-    told = done.get('arguments', {})
+    if meta is None or meta['documents'] == 0:  # nothing is lost
+        for path in found:
+            path.unlink()
+        return dict(
+            name=settings.name, tokenizer=settings.tokenizer,
+            vocab_size=shards.VOCABULARY[settings.tokenizer],
+            train_tokens=0, val_tokens=0, documents=0, arguments=arguments)
+    told = meta.get('arguments', {})
     for key, value in arguments.items():
         if told.get(key) != value:
             raise Refused(f'{folder} was prepared with {key}={repr(told.get(key)):.100}, not '
                           f'{repr(value):.100}; give the same, another --data_dir, or delete the '
                           'folder')
-    return None if meta else Journal(**done)
+    return meta
 
 
 @contextlib.contextmanager
@@ -245,148 +203,49 @@ def locked(folder):
         os.close(lock)
 
 
-# --- preparing a data set -------------------------------------------------------------------------
-
-
-def announce(name, settings, journal):
-    """Say what it will take; returns the tokens to expect. Refused if the disk is too small."""
+def prepare(source, settings):
+    """Make what is missing of the data set that the source and the settings describe."""
     folder = settings.data_dir
-    tokens = int(SOURCES[name].text_bytes(settings) / BYTES_PER_TOKEN[settings.tokenizer])
-    tokens = min(tokens, settings.max_tokens or tokens)
-    print(f'{name} -> {folder}: about {tokens / 1e6:,.1f}M tokens, {2 * tokens / 1e6:,.0f} MB of '
-          'disk', flush=True)
-    free = shutil.disk_usage(folder).free
-    if journal.documents:
-        print(f'continuing after {journal.documents:,} documents', flush=True)
-    elif 2 * tokens > free:
-        raise Refused(f'{folder}: about {2 * tokens:,} bytes needed, {free:,} free; free some, '
-                      'give a --data_dir on a larger disk, or set --max_tokens')
-    return tokens
-
-
-def write_tokens(name, settings, journal, expected):
-    """Tokenise what the journal says is missing, write all shards, keep the journal up to date.
-
-    expected: how many tokens there will be, about, for the progress bar.
-    """
-    folder = settings.data_dir
-    tokenizer = shards.get_tokenizer(settings.tokenizer)
-    journal.write(folder)
-    train = SplitWriter(folder, 'train', settings.shard_tokens, journal.train_tokens)
-    val = SplitWriter(folder, 'val', settings.shard_tokens, journal.val_tokens)
-    limit = settings.max_tokens or sys.maxsize
-    documents, state = SOURCES[name].open(settings, journal.state)
-    if journal.state is None:
-        documents = itertools.islice(documents, journal.documents, None)
-    saved = time.monotonic()
-    seconds = 0.5 if sys.stderr.isatty() else 30
-    with tqdm(total=expected, initial=journal.tokens, unit=' tokens', unit_scale=True,
-              delay=seconds, mininterval=seconds, maxinterval=seconds) as bar:
-        for chunk in encoded(chunks_of(documents, state), tokenizer):
-            if journal.tokens >= limit:
-                break
-            ends = journal.tokens + np.cumsum(chunk.lengths)
-            enough = np.searchsorted(ends, limit) + 1  # documents to reach it, if not more
-            lengths = chunk.lengths[:enough]
-            in_val = np.repeat(chunk.in_val[:enough], lengths)  # (tokens,)
-            tokens = chunk.tokens[:len(in_val)]
-            if journal.cut is not None:
-                in_val = journal.tokens + np.arange(len(tokens)) >= journal.cut
-            val.append(tokens[in_val])
-            train.append(tokens[~in_val])
-            journal.documents += len(lengths)
-            journal.train_tokens = train.tokens
-            journal.val_tokens = val.tokens
-            journal.state = chunk.state
-            if time.monotonic() - saved > JOURNAL_SECONDS:
-                train.sync()
-                val.sync()
-                journal.write(folder)
-                saved = time.monotonic()
-            bar.update(len(tokens))
-    train.sync()
-    val.sync()
-
-
-def cut_by_position(settings, journal):
-    """A journal to start again from, by which the end of the text becomes validation.
-
-    At least one window does if there is text enough. Refused if there is too little.
-    """
-    if settings.val_input or journal.tokens < 4:
-        raise Refused(f'{settings.name}: {journal.train_tokens} training and {journal.val_tokens} '
-                      'validation tokens, too few to learn from; give more text or a larger '
-                      '--max_tokens')
-    of_val = max(int(settings.val_fraction * journal.tokens),
-                 min(WINDOW_TOKENS, journal.tokens // 2))
-    print(f'val_fraction={settings.val_fraction}, by hash, leaves a split empty (documents: '
-          f'{journal.documents}): the last {of_val:,} tokens become validation', flush=True)
-    return Journal(journal.arguments, cut=journal.tokens - of_val)
-
-
-def write_meta(settings, journal):
-    """Describe the finished shards in meta.json, whose presence says that they are finished."""
-    train, val = shards.open_splits(settings.data_dir, settings.tokenizer)
-    write_json(os.path.join(settings.data_dir, 'meta.json'), {
-        'name': settings.name,
-        'tokenizer': settings.tokenizer,
-        'vocab_size': shards.VOCABULARY[settings.tokenizer],
-        'train_tokens': train.tokens,
-        'val_tokens': val.tokens,
-        'documents': journal.documents,
-        'fingerprint': shards.fingerprint_of(train, val),
-        'arguments': journal.arguments,
-    })
-
-
-def prepare(name, settings):
-    """Make the data set that the source called `name` and the settings describe.
-
-    What is there already stays. Returns whether anything was missing.
-    """
-    folder = settings.data_dir
-    arguments = arguments_of(name, settings)
     os.makedirs(folder, exist_ok=True)
     with locked(folder):
-        journal = find_journal(folder, arguments)
-        if journal:
-            expected = announce(name, settings, journal)
-            write_tokens(name, settings, journal, expected)
-            if min(journal.train_tokens, journal.val_tokens) < 2:  # an input and a target
-                journal = cut_by_position(settings, journal)
-                write_tokens(name, settings, journal, expected)
-            write_meta(settings, journal)
-        pathlib.Path(folder, 'journal.json').unlink(missing_ok=True)
-    return bool(journal)
+        meta = find_meta(folder, source, settings)
+        if 'fingerprint' in meta:
+            return
+        if meta['documents']:
+            print(f"continuing after {meta['documents']:,} documents", flush=True)
+        write_tokens(SOURCES[source].documents(settings), settings, meta)
+        if min(meta['train_tokens'], meta['val_tokens']) < 2:  # an input and a target
+            write_meta(folder, {**meta, 'documents': 0})  # so that other arguments may follow
+            raise Refused(f"{settings.name}: {meta['train_tokens']} training and "
+                          f"{meta['val_tokens']} validation tokens, too few to learn from; give "
+                          'more text, a larger --max_tokens or another --val_fraction')
+        train, val = shards.open_splits(folder, settings.tokenizer)
+        write_meta(folder, {**meta, 'fingerprint': shards.fingerprint_of(train, val)})
 
 
 def usage():
     lines = ['python prepare.py SOURCE [--key=value ...], where SOURCE is one of:', '']
     for name, source in SOURCES.items():
-        lines.append(f'  {name}: {source.about}')
-        if source.starts_from:
-            lines.append(f"    starts from {' '.join(source.starts_from)}")
-        if source.uses:
-            lines.append(f"    its own settings: {' '.join(source.uses)}")
+        lines.append(f"  {name}: {source.about} {' '.join(source.defaults)}".rstrip())
     return '\n'.join(lines)
 
 
 def main(argv):
     """Exit code: 0 done, 130 interrupted."""
-    name = argv[0] if argv else ''
+    source = argv[0] if argv else ''
     if {'-h', '--help'} & set(argv):
         print(help_text(PrepareSettings, usage()))
         return 0
-    if name not in SOURCES:
-        raise Refused(f"unknown source '{name}'; say one of {', '.join(SOURCES)}")
-    told = [*SOURCES[name].starts_from, *argv[1:]]
-    settings, problems, _ = parse(PrepareSettings, told, config_files=False)
-    if problems := problems + check(name, settings):
+    if source not in SOURCES:
+        raise Refused(f"unknown source '{source}'; say one of {', '.join(SOURCES)}")
+    told = [*SOURCES[source].defaults, *argv[1:]]
+    settings, problems, typed = parse(PrepareSettings, told, config_files=False)
+    if problems := problems + check(source, settings, typed):
         raise Refused(problems)
-    settings.name = settings.name or name
+    settings.name = settings.name or source
     settings.data_dir = settings.data_dir or os.path.join('data', settings.name)
     try:
-        missing = prepare(name, settings)
+        prepare(source, settings)
     except KeyboardInterrupt:
         print('\ninterrupted; the same command continues', file=sys.stderr)
         return 130
@@ -395,8 +254,7 @@ def main(argv):
                       'which continues, or give another --data_dir') from None
     data = shards.open_data(settings.data_dir, settings.name)
     print(f'{settings.data_dir}: {data.train.tokens:,} training and {data.val.tokens:,} validation '
-          f'tokens, fingerprint {data.fingerprint}'
-          + ('' if missing else '; already prepared, nothing to do'))
+          f'tokens, fingerprint {data.fingerprint}')
     return 0
 
 

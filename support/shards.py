@@ -8,7 +8,6 @@ import hashlib
 import os
 import re
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -173,7 +172,7 @@ def read_meta(folder):
     meta = read_json(path)
     if meta is None:
         return None
-    needed = {'name', 'tokenizer', 'documents', 'fingerprint'}
+    needed = {'name', 'tokenizer', 'documents', 'train_tokens', 'val_tokens'}
     complete = isinstance(meta, dict) and needed <= meta.keys()
     if not complete or meta['tokenizer'] not in VOCABULARY:
         raise Refused(f"{path} is damaged: it must hold {', '.join(sorted(needed))}, the tokenizer "
@@ -194,7 +193,7 @@ def open_data(data_dir, dataset):
     if not os.path.isdir(folder):
         raise Refused(f"dataset='{dataset}': folder {folder} does not exist; {fix}")
     meta = read_meta(folder)
-    if meta is None and os.path.exists(os.path.join(folder, 'journal.json')):
+    if meta and 'fingerprint' not in meta:
         raise Refused(f'{folder}: preparation has not finished; run the same command again, which '
                       'continues')
     tokenizer = meta['tokenizer'] if meta else 'gpt2'
@@ -269,34 +268,26 @@ def gpt2_encoding():
         raise Refused(
             f"tokenizer='gpt2': the vocabulary cannot be fetched ({type(error).__name__}) and is "
             f'not in TIKTOKEN_CACHE_DIR={cache!r}; where there is a network, pip install tiktoken '
-            'and run TIKTOKEN_CACHE_DIR=FOLDER python -c "import tiktoken; '
-            'tiktoken.get_encoding(\'gpt2\')", copy FOLDER here and set TIKTOKEN_CACHE_DIR to '
-            'it') from None
+            "and run tiktoken.get_encoding('gpt2'); copy its cache here and set TIKTOKEN_CACHE_DIR "
+            'to it') from None
 
 
-@dataclass
 class Tokenizer:
-    """Text to tokens and back. `encoding` is tiktoken's for gpt2, None for bytes."""
-    eot: int  # ends each document
-    encoding: Any = None
+    """Text to tokens and back."""
 
-    def encode_array(self, text):
-        """uint16 tokens of the text, without a final <|endoftext|>; a literal one is plain text."""
-        if self.encoding is None:
-            return np.frombuffer(text.encode(), np.uint8).astype(np.uint16)
-        try:
-            return self.encoding.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
-        except ValueError:
-            # The regular expression runs out of stack on very long white space. GPT-2's splitter
-            # cuts such a run out in any case, all but its last character, so that cutting there
-            # first gives the same tokens. Python's \s has \x1c-\x1f besides Unicode's white space.
-            parts = re.split(r'([^\S\x1c-\x1f]{1000,})(?=[^\S\x1c-\x1f])', text)
-            if len(parts) == 1:
-                raise
-            return np.concatenate([self.encode_array(part) for part in parts if part])
+    def __init__(self, name):
+        self.eot = VOCABULARY[name] - 1  # ends each document
+        self.encoding = gpt2_encoding() if name == 'gpt2' else None
 
     def encode(self, text):
-        return self.encode_array(text).tolist()
+        """List of tokens, without a final <|endoftext|>; a literal one is plain text."""
+        if self.encoding is None:
+            return list(text.encode())
+        try:
+            return self.encoding.encode(text, disallowed_special=())
+        except ValueError as error:  # at a million blanks in a row
+            raise Refused(f'a text of {len(text)} characters cannot be tokenized ({error}); '
+                          'shorten its white space') from None
 
     def decode_bytes(self, tokens):
         """UTF-8; a character may be split between tokens."""
@@ -312,5 +303,4 @@ def get_tokenizer(name):
     """The Tokenizer called 'gpt2' or 'bytes'. Refused if its vocabulary cannot be had."""
     if name not in VOCABULARY:
         raise Refused(f'tokenizer={name!r} is not one of {", ".join(VOCABULARY)}')
-    encoding = gpt2_encoding() if name == 'gpt2' else None
-    return Tokenizer(VOCABULARY[name] - 1, encoding)
+    return Tokenizer(name)

@@ -1,10 +1,12 @@
-"""Sources of text: files, CPython's own documentation, Hugging Face. SOURCES lists them.
+"""Sources of text: files, CPython's own documentation, FineWeb-Edu. SOURCES lists them.
 
-A source is one entry of that table; the commands, help and checks of prepare.py derive from it.
+A source is one entry of that table; the commands and help of prepare.py derive from it.
 """
 import ast
 import contextlib
+import itertools
 import json
+import math
 import os
 import pathlib
 import platform
@@ -20,21 +22,12 @@ from support.settings import Refused
 class Source:
     """What prepare.py knows of a source of text. Its functions take prepare.py's settings.
 
-    open(settings, state) returns the documents and a function that returns the state (for JSON) to
-    continue from after the document last taken. A document is (text, chance): it is validation
-    with this chance, by a hash of its text.
+    A document is (text, chance): it is validation with this chance, by a hash of its text.
     """
     about: str
-    open: Callable
-    text_bytes: Callable  # (settings) -> bytes of text, an estimate
+    documents: Callable  # (settings) -> documents, always the same ones
     origin: Callable  # (settings) -> what the documents depend on, for JSON
-    uses: tuple = ()  # settings that sources which do not list them refuse
-    starts_from: tuple = ()  # arguments that go before those of the command line
-
-
-def without_state(documents):
-    """Source.open of documents(settings), which always begin with the first."""
-    return lambda settings, state: (documents(settings), lambda: None)
+    defaults: tuple = ()  # arguments that go before those of the command line
 
 
 @contextlib.contextmanager
@@ -67,42 +60,23 @@ def read_jsonl(path):
             yield text
 
 
-def parquet_file(path):
-    from pyarrow.parquet import ParquetFile
-    return ParquetFile(path)
-
-
 def read_parquet(path):
-    for rows in parquet_file(path).iter_batches(batch_size=64, columns=['text']):
+    from pyarrow.parquet import ParquetFile
+    for rows in ParquetFile(path).iter_batches(batch_size=64, columns=['text']):
         yield from rows['text'].to_pylist()
 
 
 READERS = {'.txt': read_txt, '.jsonl': read_jsonl, '.parquet': read_parquet}
-FILE_FIX = 'correct it, download it again, or leave it out'
 
 
 def read_files(files):
     """The texts in files."""
     for path in files:
-        with explained(path, FILE_FIX):
+        with explained(path, 'correct it, download it again, or leave it out'):
             for number, text in enumerate(READERS[path.suffix](path), 1):
                 if not isinstance(text, str):
                     raise ValueError(f"the 'text' of document {number} is {text!r}, not a string")
                 yield text
-
-
-def files_bytes(files):
-    """Bytes of text in files, estimated without reading them; in Parquet, all columns count."""
-    total = 0
-    for path in files:
-        if path.suffix != '.parquet':
-            total += path.stat().st_size
-            continue
-        with explained(path, FILE_FIX):
-            metadata = parquet_file(path).metadata
-        groups = map(metadata.row_group, range(metadata.num_row_groups))
-        total += sum(group.total_byte_size for group in groups)
-    return total
 
 
 def input_files(key, told):
@@ -122,28 +96,37 @@ def input_files(key, told):
     return files
 
 
-def training_files(settings):
-    return input_files('input', settings.input)
-
-
-def validation_files(settings):
-    """Files of a validation text of one's own; without them the other files are split."""
-    return input_files('val_input', settings.val_input) if settings.val_input else []
-
-
 def text_documents(settings):
     """Validation comes first, so that max_tokens leaves it whole."""
-    validation = validation_files(settings)
-    for text in read_files(validation):
-        yield text, 1.0
-    chance = 0.0 if validation else settings.val_fraction
-    for text in read_files(training_files(settings)):
-        yield text, chance
+    files = input_files('input', settings.input)
+    if settings.val_input:
+        for text in read_files(input_files('val_input', settings.val_input)):
+            yield text, 1.0
+        for text in read_files(files):
+            yield text, 0.0
+    elif fewer_than(2 / settings.val_fraction, files):
+        # By hash, a split might stay empty.
+        for text in read_files(files):
+            cut = int(len(text) * (1 - settings.val_fraction))
+            yield text[cut:], 1.0
+            yield text[:cut], 0.0
+    else:
+        for text in read_files(files):
+            yield text, settings.val_fraction
+
+
+def fewer_than(enough, files):
+    """Whether files hold fewer documents than that; reads no more than those."""
+    found = itertools.islice(read_files(files), math.ceil(enough))
+    return sum(1 for _ in found) < enough
 
 
 def text_origin(settings):
-    origin = [[str(f), f.stat().st_size] for f in training_files(settings)]
-    return origin + [[str(f), f.stat().st_size, 'val'] for f in validation_files(settings)]
+    origin = [[str(f), f.stat().st_size] for f in input_files('input', settings.input)]
+    if settings.val_input:
+        files = input_files('val_input', settings.val_input)
+        origin += [[str(f), f.stat().st_size, 'val'] for f in files]
+    return origin
 
 
 # --- stdlib: documentation that every CPython carries ---------------------------------------------
@@ -185,59 +168,42 @@ def stdlib_documents(settings):
         yield text, settings.val_fraction
 
 
-# --- fineweb_edu: Hugging Face --------------------------------------------------------------------
+# --- fineweb_edu ----------------------------------------------------------------------------------
 
 
-def open_hugging_face(settings, state):
-    """Source.open; the library's own state skips whole files without fetching them."""
-    source = settings.source
-    config = None if os.path.isdir(source) else 'sample-10BT'
+def fineweb_edu_documents(settings):
+    """sample-10BT: 14 Parquet files, 28.5 GB, which stay in Hugging Face's cache."""
     fix = ('check the network and run the same command again, which continues where it stopped; or '
            'download Parquet files and use: python prepare.py text --name=fineweb_edu '
            '--input=FOLDER')
-    with explained(source, fix):
-        from datasets import load_dataset
-        stream = load_dataset(source, config, split='train', streaming=True)
-        stream = stream.select_columns(['text'])
-        if state:
-            stream.load_state_dict(state)
-
-    def documents():
-        with explained(source, fix):
-            for row in stream:
-                yield row['text'], settings.val_fraction
-    return documents(), stream.state_dict
-
-
-def hugging_face_bytes(settings):
-    if os.path.isdir(settings.source):
-        return files_bytes(pathlib.Path(settings.source).rglob('*.parquet'))
-    return 46e9  # of sample-10BT: 10e9 GPT-2 tokens by its data card, at 4.6 bytes each
+    for i in range(14):
+        with explained(FINEWEB_EDU, fix):
+            from huggingface_hub import hf_hub_download
+            name = f'sample/10BT/{i:03d}_00000.parquet'
+            path = hf_hub_download(FINEWEB_EDU, name, repo_type='dataset')
+        for text in read_files([pathlib.Path(path)]):
+            yield text, settings.val_fraction
 
 
 # --- all of them ----------------------------------------------------------------------------------
 
+FINEWEB_EDU = 'HuggingFaceFW/fineweb-edu'
 SOURCES = {
     'fineweb_edu': Source(
-        about='FineWeb-Edu, sample-10BT, streamed from Hugging Face',
-        open=open_hugging_face,
-        text_bytes=hugging_face_bytes,
-        origin=lambda settings: settings.source,
-        uses=('source',),
+        about='FineWeb-Edu, sample-10BT, from Hugging Face',
+        documents=fineweb_edu_documents,
+        origin=lambda settings: FINEWEB_EDU,
     ),
     'text': Source(
         about='files of your own, named by --input=FILES',
-        open=without_state(text_documents),
-        text_bytes=lambda s: files_bytes(training_files(s) + validation_files(s)),
+        documents=text_documents,
         origin=text_origin,
-        uses=('input', 'val_input'),
     ),
     'stdlib': Source(
-        about='documentation of your own Python: small, in bytes, needs no network',
-        open=without_state(stdlib_documents),
-        text_bytes=lambda settings: 2.1e6,  # of CPython 3.11
+        about='documentation of your own Python, without network;',
+        documents=stdlib_documents,
         origin=lambda settings: f'CPython {platform.python_version()}',
         # Of few documents 0.5% would be too little to evaluate on.
-        starts_from=('--tokenizer=bytes', '--val_fraction=0.05'),
+        defaults=('--tokenizer=bytes', '--val_fraction=0.05'),
     ),
 }

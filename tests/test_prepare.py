@@ -1,6 +1,7 @@
 """prepare.py: from text to token shards and meta.json, however often it is interrupted."""
 import errno
 import json
+import math
 import signal
 import time
 
@@ -16,6 +17,7 @@ from texts import (
     small_data,
     split_by_hash,
     unlabelled_data,
+    use_local_fineweb,
     use_small_gpt2,
     whole,
     write_fineweb,
@@ -40,15 +42,13 @@ def test_same_text_same_shards_from_every_format(tmp_path, monkeypatch):
     (tmp_path / 'txt').mkdir()
     for i, text in enumerate(texts):
         (tmp_path / 'txt' / f'{i:03d}.txt').write_bytes(text.encode())
-    (tmp_path / 'parquet').mkdir()
-    write_fineweb(tmp_path / 'parquet' / 'a.parquet', texts[:20])
-    write_fineweb(tmp_path / 'parquet' / 'b.parquet', texts[20:])
+    use_local_fineweb(tmp_path / 'parquet', texts, monkeypatch)
     write_jsonl(tmp_path / 'x.jsonl', texts)
     commands = {
         'txt': ('text', f'--input={tmp_path}/txt'),
         'parquet': ('text', f'--input={tmp_path}/parquet'),
         'jsonl': ('text', f'--input={tmp_path}/x.jsonl'),
-        'hub': ('fineweb_edu', f'--source={tmp_path}/parquet'),
+        'fineweb_edu': ('fineweb_edu',),
     }
     made = []
     for kind, told in commands.items():
@@ -86,9 +86,8 @@ def test_shards_are_llm_c_s(tmp_path):
 
 def test_cores_do_not_change_the_shards(tmp_path, monkeypatch):
     use_small_gpt2(monkeypatch)
-    long = 'one document longer than a chunk. ' * 60_000
+    long = 'one document that takes long. ' * 60_000
     write_jsonl(tmp_path / 'x.jsonl', [*documents(600), long, *documents(600, seed=1)])
-    monkeypatch.setattr(prepare, 'CHUNK_CHARACTERS', 20_000)
     for cores in (1, 3):
         monkeypatch.setattr(prepare.os, 'cpu_count', lambda cores=cores: cores)
         run('text', f'--input={tmp_path}/x.jsonl', f'--data_dir={tmp_path}/{cores}',
@@ -121,23 +120,36 @@ def test_half_a_surrogate_pair_is_replaced(tmp_path):
 # --- splits ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('lengths, fraction, of_val', [
-    ([99_999], 0.1, 10_000),
-    ([99_999], 0.005, 1025),  # 500 would be less than a window
-    ([599, 599], 0.005, 600),  # half of a text that is too small for a window each
-    ([99, 199, 0], 0.99, 297),  # by hash, all of it would be validation
+@pytest.mark.parametrize('lengths, fraction', [
+    ([9_999], 0.1),
+    ([99_999], 0.005),
+    ([599, 0, 599], 0.2),
 ])
-def test_few_documents_are_split_by_position(tmp_path, capsys, lengths, fraction, of_val):
+def test_few_documents_are_split_by_position(tmp_path, lengths, fraction):
     texts = [letter * length for letter, length in zip('abc', lengths)]
-    assert not all(split_by_hash(texts, fraction).values())
     for i, text in enumerate(texts):
         (tmp_path / f'{i}.txt').write_text(text)
-    run('text', f'--input={tmp_path}', '--name=mine', '--tokenizer=bytes', '--shard_tokens=500',
-        f'--val_fraction={fraction}', f'--data_dir={tmp_path}/out')
+    told = ('text', f'--input={tmp_path}', '--name=mine', '--tokenizer=bytes',
+            f'--val_fraction={fraction}')
+    run(*told, '--shard_tokens=500', f'--data_dir={tmp_path}/out')
     data = open_data(f'{tmp_path}/out', 'mine')
-    assert data.val.tokens == of_val
-    assert text_of(data.train) + text_of(data.val) == ''.join(f'{t}<|endoftext|>' for t in texts)
-    assert f'the last {of_val:,} tokens become validation' in capsys.readouterr().out
+    train = text_of(data.train).split('<|endoftext|>')
+    val = text_of(data.val).split('<|endoftext|>')
+    assert [first + last for first, last in zip(train, val)] == texts + ['']
+    assert [len(text) for text in val] == [math.ceil(fraction * n) for n in lengths] + [0]
+    run(*told, f'--max_tokens={data.val.tokens + 1}', f'--data_dir={tmp_path}/less')
+    assert text_of(open_data(f'{tmp_path}/less', 'mine').train) == f'{train[0]}<|endoftext|>'
+
+
+def test_by_hash_from_two_expected_documents_on(tmp_path):
+    for count in (9, 10):
+        path = write_jsonl(tmp_path / 'x.jsonl', documents(count))
+        run('text', f'--input={path}', '--tokenizer=bytes', '--val_fraction=0.2',
+            f'--data_dir={tmp_path}/{count}')
+    by_hash = split_by_hash(documents(10), 0.2)
+    assert text_of(open_data(f'{tmp_path}/10', 'text').val) == ''.join(
+        f'{text}<|endoftext|>' for text in by_hash['val'])
+    assert text_of(open_data(f'{tmp_path}/9', 'text').val).count('<|endoftext|>') == 9
 
 
 def test_validation_text_of_ones_own(tmp_path):
@@ -152,7 +164,7 @@ def test_validation_text_of_ones_own(tmp_path):
     assert 'was prepared with source=' in refused(*both)
     run(*told, '--max_tokens=20_000', f'--data_dir={tmp_path}/less')
     assert whole(open_data(f'{tmp_path}/less', 'text').val).tolist() == whole(data.val).tolist()
-    assert 'give more text or a larger --max_tokens' in refused(
+    assert 'give more text, a larger --max_tokens or another --val_fraction' in refused(
         *told, '--max_tokens=10', f'--data_dir={tmp_path}/least')
     run(*told, f'--data_dir={tmp_path}/least')
     assert contents(tmp_path / 'least') == contents(tmp_path / 'out')
@@ -162,17 +174,18 @@ def test_too_little_text(tmp_path):
     told = ('text', f'--input={tmp_path}/x.txt', '--tokenizer=bytes', f'--data_dir={tmp_path}/out')
     (tmp_path / 'x.txt').write_text('')
     message = refused(*told)
-    assert message.startswith('text: 1 training and 0 validation tokens, too few to learn from')
+    assert message.startswith('text: 1 training and 1 validation tokens, too few to learn from')
     (tmp_path / 'x.txt').write_text('enough')
     run(*told)
-    assert open_data(f'{tmp_path}/out', 'text').val.tokens == 3
+    assert open_data(f'{tmp_path}/out', 'text').val.tokens == 2
 
 
 # --- interruptions --------------------------------------------------------------------------------
 
 
-def interrupted_commands(tmp_path):
+def interrupted_commands(tmp_path, monkeypatch):
     """Commands that go each another way through prepare.py."""
+    use_local_fineweb(tmp_path, documents(300), monkeypatch)
     train = write_jsonl(tmp_path / 'train.jsonl', documents(300))
     val = write_jsonl(tmp_path / 'val.jsonl', documents(100, seed=1))
     common = ('text', '--tokenizer=bytes', '--shard_tokens=15_000')
@@ -181,16 +194,17 @@ def interrupted_commands(tmp_path):
         'val_input': (*common, f'--input={train}', f'--val_input={val}'),
         'max_tokens': (*common, f'--input={train}', '--val_fraction=0.3', '--max_tokens=200_000'),
         'by position': (*common, f'--input={train}', '--val_fraction=1e-9'),
+        'fineweb_edu': ('fineweb_edu', *common[1:], '--val_fraction=0.3'),
     }
 
 
-@pytest.mark.parametrize('kind', ['by hash', 'val_input', 'max_tokens', 'by position'])
-def test_interrupted_before_and_after_each_journal(tmp_path, monkeypatch, kind):
-    """Shards lie on the disk that the journal does not know, and meta.json beside the journal."""
-    told = interrupted_commands(tmp_path)[kind]
-    monkeypatch.setattr(prepare, 'CHUNK_CHARACTERS', 50_000)
+@pytest.mark.parametrize('kind', ['by hash', 'val_input', 'max_tokens', 'by position',
+                                  'fineweb_edu'])
+def test_interrupted_before_and_after_each_meta(tmp_path, monkeypatch, kind):
+    """Shards lie on the disk that meta.json does not know."""
+    told = interrupted_commands(tmp_path, monkeypatch)[kind]
     run(*told, f'--data_dir={tmp_path}/straight')
-    monkeypatch.setattr(prepare, 'JOURNAL_SECONDS', 0)
+    monkeypatch.setattr(prepare, 'SAVE_TOKENS', 50_000)
     folder = tmp_path / 'killed'
     real = prepare.write_json
     writes = []
@@ -201,9 +215,9 @@ def test_interrupted_before_and_after_each_journal(tmp_path, monkeypatch, kind):
         last = len(writes) % 3 == 0
         if last and len(writes) % 2:
             raise KeyboardInterrupt
-        for split in ('train', 'val') if path.endswith('journal.json') else ():
+        for split in ('train', 'val'):
             sizes = [f.stat().st_size - 1024 for f in folder.glob(f'{split}_*.bin')]
-            assert sum(sizes) >= 2 * content[f'{split}_tokens'], 'journalled, but not on the disk'
+            assert sum(sizes) >= 2 * content[f'{split}_tokens'], 'told, but not on the disk'
         real(path, content)
         if last:
             raise KeyboardInterrupt
@@ -217,13 +231,13 @@ def test_interrupted_before_and_after_each_journal(tmp_path, monkeypatch, kind):
 
 
 def test_other_arguments_may_follow_a_run_that_was_interrupted_early(tmp_path, monkeypatch):
-    """Before the first chunk is journalled there is nothing to continue."""
+    """Before meta.json tells of the first documents there is nothing to continue."""
     write_jsonl(tmp_path / 'x.jsonl', documents(1000))
     told = ('text', f'--input={tmp_path}/x.jsonl', '--tokenizer=bytes', '--val_fraction=0.3')
     real = prepare.write_json
 
     def interrupting(path, content):
-        if path.endswith('meta.json'):
+        if content['documents']:
             raise KeyboardInterrupt
         real(path, content)
     monkeypatch.setattr(prepare, 'write_json', interrupting)
@@ -238,7 +252,7 @@ def test_other_arguments_may_follow_a_run_that_was_interrupted_early(tmp_path, m
 
 def kill_in_the_middle(folder, told):
     """Start the command and kill it, with no chance to tidy up."""
-    child = command(*told, code='import prepare; prepare.JOURNAL_SECONDS = 0')
+    child = command(*told, code='import prepare; prepare.SAVE_TOKENS = 10_000')
     deadline = time.monotonic() + 30
     while len(list(folder.glob('train_*.bin'))) < 50 and time.monotonic() < deadline:
         assert child.poll() is None, child.stderr.read()
@@ -247,18 +261,16 @@ def kill_in_the_middle(folder, told):
     child.communicate(timeout=10)
 
 
-@pytest.mark.parametrize('source, setting', [('text', 'input'), ('fineweb_edu', 'source')])
-def test_killed_and_continued_equals_uninterrupted(tmp_path, source, setting, capsys):
+def test_killed_and_continued_equals_uninterrupted(tmp_path, capsys):
     (tmp_path / 'in').mkdir()
     for i in range(3):
         write_fineweb(tmp_path / 'in' / f'{i}.parquet', documents(1500, seed=i))
-    told = (source, f'--{setting}={tmp_path}/in', '--tokenizer=bytes', '--shard_tokens=30_000',
+    told = ('text', f'--input={tmp_path}/in', '--tokenizer=bytes', '--shard_tokens=30_000',
             '--val_fraction=0.004', '--name=x')
     run(*told, f'--data_dir={tmp_path}/straight')
     folder = tmp_path / 'killed'
     kill_in_the_middle(folder, [*told, f'--data_dir={folder}'])
-    assert not (folder / 'meta.json').exists()
-    assert json.loads((folder / 'journal.json').read_text())['documents'] > 0
+    assert json.loads((folder / 'meta.json').read_text())['documents'] > 0
     assert 'preparation has not finished' in refusal(open_data, str(folder), 'x')
     assert refused(*told, '--shard_tokens=40_000', f'--data_dir={folder}') == (
         f'{folder} was prepared with shard_tokens=30000, not 40000; give the same, another '
@@ -267,12 +279,12 @@ def test_killed_and_continued_equals_uninterrupted(tmp_path, source, setting, ca
     run(*told, f'--data_dir={folder}')
     said = capsys.readouterr()
     assert 'continuing after ' in said.out
-    assert said.err == ''  # no bar where there is no terminal, not in the first seconds
+    assert said.err == ''  # no bar where there is no terminal
     assert contents(folder) == contents(tmp_path / 'straight')
 
 
 def test_full_disk_can_be_continued(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, 'JOURNAL_SECONDS', 0)
+    monkeypatch.setattr(prepare, 'SAVE_TOKENS', 100_000)
     write_jsonl(tmp_path / 'x.jsonl', documents(3000))
     told = ('text', f'--input={tmp_path}/x.jsonl', '--tokenizer=bytes', '--shard_tokens=400_000')
     real = prepare.os.fsync
@@ -295,13 +307,13 @@ def test_full_disk_can_be_continued(tmp_path, monkeypatch):
 # --- refusals -------------------------------------------------------------------------------------
 
 
-def test_finished_data_is_left_alone(tmp_path, capsys):
+def test_finished_data_is_left_alone(tmp_path):
     folder = small_data(tmp_path)
     before = contents(folder)
     told = ('text', f'--input={tmp_path}/in.jsonl', '--name=small', '--tokenizer=bytes',
             f'--data_dir={folder}')
     run(*told, '--val_fraction=0.2')
-    assert 'already prepared, nothing to do' in capsys.readouterr().out
+    assert contents(folder) == before
     assert 'was prepared with val_fraction=0.2, not 0.005' in refused(*told)
     write_jsonl(tmp_path / 'in.jsonl', documents(49))
     assert 'was prepared with source=' in refused(*told, '--val_fraction=0.2')
@@ -325,19 +337,6 @@ def test_strange_folders_are_refused(tmp_path):
     assert contents(tmp_path) == before
 
 
-def test_no_disk_space(tmp_path, monkeypatch):
-    path = write_jsonl(tmp_path / 'x.jsonl', documents(50))
-    monkeypatch.setattr(prepare.shutil, 'disk_usage', lambda path: type('usage', (), {'free': 99}))
-    told = ('text', f'--input={path}', '--tokenizer=bytes', '--val_fraction=0.2',
-            f'--data_dir={tmp_path}/out')
-    assert refused(*told) == (
-        f'{tmp_path}/out: about {2 * path.stat().st_size:,} bytes needed, 99 free; free some, give '
-        'a --data_dir on a larger disk, or set --max_tokens')
-    assert not list((tmp_path / 'out').iterdir())
-    monkeypatch.undo()
-    run(*told, '--max_tokens=30_000')  # as the message said
-
-
 def test_command_line_mistakes(capsys):
     assert refused('fineweb_edy') == (
         "unknown source 'fineweb_edy'; say one of fineweb_edu, text, stdlib")
@@ -346,7 +345,6 @@ def test_command_line_mistakes(capsys):
         "command line: unknown setting 'shard_token' (value '5'); did you mean 'shard_tokens'?",
         'val_fraction=1.0: must be above 0 and below 1']
     assert refused('stdlib', '--input=x') == "input='x': stdlib does not use it; leave it out"
-    assert refused('text', '--source=x') == "source='x': text does not use it; leave it out"
     assert refused('text', '--input=x', '--val_input=y', '--val_fraction=0.1') == (
         'val_fraction=0.1: all of val_input is validation; leave out one of the two')
     assert refused('stdlib', '--name=../x') == (
@@ -356,5 +354,6 @@ def test_command_line_mistakes(capsys):
     assert 'shard_tokens=2147483648: must be' in refused('stdlib', f'--shard_tokens={2**31}')
     assert prepare.main(['--help']) == 0
     said = capsys.readouterr().out
-    assert 'starts from --tokenizer=bytes --val_fraction=0.05' in said
+    assert 'stdlib: ' in said
+    assert '--tokenizer=bytes --val_fraction=0.05' in said
     assert 'text: files of your own, named by --input=FILES' in said

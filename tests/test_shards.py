@@ -127,6 +127,8 @@ def test_meta_and_fingerprint_guard_the_shards(tmp_path):
     shard.write_bytes(raw)
     assert 'the shards have changed' in refusal(open_data, str(folder), 'small')
     other_tokenizer = good.replace('"tokenizer": "bytes"', '"tokenizer": "words"')
+    meta.write_text(good.replace('"fingerprint"', '"x"'))
+    assert 'preparation has not finished' in refusal(open_data, str(folder), 'small')
     for damaged in ('{', '[]', other_tokenizer, good.replace('"documents"', '"x"')):
         meta.write_text(damaged)
         assert refusal(open_data, str(folder), 'small').startswith(f'{meta} is damaged')
@@ -201,19 +203,17 @@ def test_bytes_tokenizer_round_trips():
     assert refusal(shards.get_tokenizer, 'gpt3') == "tokenizer='gpt3' is not one of gpt2, bytes"
 
 
-def test_literal_end_of_text_and_long_white_space_are_text(monkeypatch):
+def test_literal_end_of_text_is_text(monkeypatch):
     small_gpt2 = use_small_gpt2(monkeypatch)
     tokenizer = shards.get_tokenizer('gpt2')
     assert tokenizer.encode('the<|endoftext|>')[0] == 257
     assert 50256 not in tokenizer.encode('the<|endoftext|>')
     assert tokenizer.decode([257, 50256]) == 'the<|endoftext|>'
-    for space in (' ', '\n', ' \n', '\u2003', '\x1c\n'):
-        text = 'x' + space * 3000 + 'the' + space * 5000 + '\x1c.' + space * 2000
-        long = f'{text}{space * 400_000}y'  # more than tiktoken's regular expression takes
-        assert tokenizer.encode(text) == small_gpt2.encode_ordinary(text)
-        assert tokenizer.decode(tokenizer.encode(long)) == long
-    with_space = 'x' + '\n' * 400_000 + ' y'
-    assert tokenizer.encode(with_space) == [120] + [10] * 400_000 + [32, 121]
+    long = 'x' + '\n' * 100_000 + ' y'
+    assert tokenizer.encode(long) == small_gpt2.encode_ordinary(long)
+    assert tokenizer.decode(tokenizer.encode(long)) == long
+    message = refusal(tokenizer.encode, 'x' + ' ' * 3_000_000 + 'y')
+    assert message.startswith('a text of 3000002 characters cannot be tokenized (Regex error')
 
 
 @pytest.mark.skipif('TIKTOKEN_CACHE_DIR' not in os.environ, reason='the vocabulary is not at hand')

@@ -8,25 +8,23 @@ from texts import command, documents, refused, run, whole, write_jsonl
 import prepare
 from support import sources
 from support.shards import get_tokenizer, open_data
-from support.sources import SOURCES, Source, without_state
+from support.sources import SOURCES, Source
 
 
 def test_a_source_of_ones_own_is_one_entry(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(SOURCES, 'mine', Source(
         about='forty documents',
-        open=without_state(
-            lambda settings: ((text, settings.val_fraction) for text in documents(40))),
-        text_bytes=lambda settings: 50_000,
+        documents=lambda settings: ((text, settings.val_fraction) for text in documents(40)),
         origin=lambda settings: 'version 1',
-        starts_from=('--tokenizer=bytes', '--val_fraction=0.3'),
+        defaults=('--tokenizer=bytes', '--val_fraction=0.3'),
     ))
     run('mine')
     data = open_data('', 'mine')
     assert data.tokenizer == 'bytes'
     size = sum(len(text.encode()) + 1 for text in documents(40))
     assert data.train.tokens + data.val.tokens == size
-    assert refused('mine', '--source=x') == "source='x': mine does not use it; leave it out"
+    assert refused('mine', '--input=x') == "input='x': mine does not use it; leave it out"
     assert refused('zzz').endswith('say one of fineweb_edu, text, stdlib, mine')
     assert prepare.main(['--help']) == 0
     assert 'mine: forty documents' in capsys.readouterr().out
@@ -40,15 +38,6 @@ def test_files_are_read_in_order(tmp_path):
     told = f'{tmp_path}/c.jsonl, {tmp_path}/b ,{tmp_path}/a.txt'
     files = sources.input_files('input', told)
     assert list(sources.read_files(files)) == ['first', 'second', 'b/1.txt', 'b/2.txt', 'a.txt']
-
-
-def test_parquet_is_measured_without_reading(tmp_path):
-    texts = [f'{text} {i}' for i, text in enumerate(documents(300))]
-    path = tmp_path / 'x.parquet'
-    pyarrow.parquet.write_table(pyarrow.table({'id': range(300), 'text': texts}), path)
-    size = sum(len(text.encode()) for text in texts)
-    assert path.stat().st_size < size / 2
-    assert size < sources.files_bytes([path]) < 1.05 * size
 
 
 def test_input_mistakes(tmp_path):
