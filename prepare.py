@@ -35,8 +35,9 @@ SAVE_TOKENS = 1 << 24  # at most this much work, 32 MB, is lost to a kill
 class PrepareSettings:
     # --- what -------------------------------------------------------------------------------------
     name: str = ''  # of the data set, which a config's `dataset` must match; empty: the source's
-    input: str = ''  # files or folders of .txt, .jsonl, .parquet, comma-separated
+    input: str = ''  # of text: files or folders of .txt, .jsonl, .parquet, comma-separated
     val_input: str = ''  # the same, for validation; empty: val_fraction of the documents of input
+    source: str = 'HuggingFaceFW/fineweb-edu'  # of fineweb_edu: hub name or folder of Parquet
     max_tokens: int = 0  # stop after the document that reaches it, both splits together; 0: all
     tokenizer: Literal[*shards.VOCABULARY] = 'gpt2'  # GPT-2's 50257 or 257 for bytes of UTF-8
     val_fraction: float = 0.005  # of the documents, chosen by hash of the text, for validation;
@@ -59,8 +60,8 @@ def check(source, settings, typed):
     if not re.fullmatch(r'(\w[\w.-]*)?', settings.name):
         problems.append(f'name={settings.name!r}: use letters, digits, _ . - only, because it '
                         'names a folder')
-    for key in ('input', 'val_input'):
-        if key in typed and source != 'text':
+    for key, user in (('input', 'text'), ('val_input', 'text'), ('source', 'fineweb_edu')):
+        if key in typed and source != user:
             problems.append(f'{key}={getattr(settings, key)!r}: {source} does not use it; leave it '
                             'out')
     if settings.val_input and 'val_fraction' in typed:

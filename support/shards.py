@@ -285,9 +285,17 @@ class Tokenizer:
             return list(text.encode())
         try:
             return self.encoding.encode(text, disallowed_special=())
-        except ValueError as error:  # at a million blanks in a row
-            raise Refused(f'a text of {len(text)} characters cannot be tokenized ({error}); '
-                          'shorten its white space') from None
+        except ValueError:
+            # The regular expression runs out of stack on very long white space. GPT-2's splitter
+            # cuts such a run out in any case, all but its last character, so that cutting there
+            # first gives the same tokens. Python's \s has \x1c-\x1f besides Unicode's white space.
+            parts = re.split(r'([^\S\x1c-\x1f]{1000,})(?=[^\S\x1c-\x1f])', text)
+            if len(parts) == 1:
+                raise
+            tokens = []
+            for part in filter(None, parts):
+                tokens += self.encode(part)
+            return tokens
 
     def decode_bytes(self, tokens):
         """UTF-8; a character may be split between tokens."""

@@ -168,31 +168,29 @@ def stdlib_documents(settings):
         yield text, settings.val_fraction
 
 
-# --- fineweb_edu ----------------------------------------------------------------------------------
+# --- fineweb_edu: Hugging Face --------------------------------------------------------------------
 
 
-def fineweb_edu_documents(settings):
-    """sample-10BT: 14 Parquet files, 28.5 GB, which stay in Hugging Face's cache."""
+def hugging_face_documents(settings):
+    """A stream of FineWeb-Edu's sample-10BT, or of a local folder of Parquet files."""
     fix = ('check the network and run the same command again, which continues where it stopped; or '
            'download Parquet files and use: python prepare.py text --name=fineweb_edu '
            '--input=FOLDER')
-    for i in range(14):
-        with explained(FINEWEB_EDU, fix):
-            from huggingface_hub import hf_hub_download
-            name = f'sample/10BT/{i:03d}_00000.parquet'
-            path = hf_hub_download(FINEWEB_EDU, name, repo_type='dataset')
-        for text in read_files([pathlib.Path(path)]):
-            yield text, settings.val_fraction
+    config = None if os.path.isdir(settings.source) else 'sample-10BT'
+    with explained(settings.source, fix):
+        from datasets import load_dataset
+        stream = load_dataset(settings.source, config, split='train', streaming=True)
+        for row in stream.select_columns(['text']):
+            yield row['text'], settings.val_fraction
 
 
 # --- all of them ----------------------------------------------------------------------------------
 
-FINEWEB_EDU = 'HuggingFaceFW/fineweb-edu'
 SOURCES = {
     'fineweb_edu': Source(
-        about='FineWeb-Edu, sample-10BT, from Hugging Face',
-        documents=fineweb_edu_documents,
-        origin=lambda settings: FINEWEB_EDU,
+        about='FineWeb-Edu, sample-10BT, streamed from Hugging Face',
+        documents=hugging_face_documents,
+        origin=lambda settings: settings.source,
     ),
     'text': Source(
         about='files of your own, named by --input=FILES',

@@ -11,13 +11,13 @@ from texts import (
     command,
     contents,
     documents,
+    local_fineweb,
     refusal,
     refused,
     run,
     small_data,
     split_by_hash,
     unlabelled_data,
-    use_local_fineweb,
     use_small_gpt2,
     whole,
     write_fineweb,
@@ -42,13 +42,13 @@ def test_same_text_same_shards_from_every_format(tmp_path, monkeypatch):
     (tmp_path / 'txt').mkdir()
     for i, text in enumerate(texts):
         (tmp_path / 'txt' / f'{i:03d}.txt').write_bytes(text.encode())
-    use_local_fineweb(tmp_path / 'parquet', texts, monkeypatch)
+    source = local_fineweb(tmp_path / 'parquet', texts)
     write_jsonl(tmp_path / 'x.jsonl', texts)
     commands = {
         'txt': ('text', f'--input={tmp_path}/txt'),
         'parquet': ('text', f'--input={tmp_path}/parquet'),
         'jsonl': ('text', f'--input={tmp_path}/x.jsonl'),
-        'fineweb_edu': ('fineweb_edu',),
+        'fineweb_edu': ('fineweb_edu', source),
     }
     made = []
     for kind, told in commands.items():
@@ -183,9 +183,9 @@ def test_too_little_text(tmp_path):
 # --- interruptions --------------------------------------------------------------------------------
 
 
-def interrupted_commands(tmp_path, monkeypatch):
+def interrupted_commands(tmp_path):
     """Commands that go each another way through prepare.py."""
-    use_local_fineweb(tmp_path, documents(300), monkeypatch)
+    source = local_fineweb(tmp_path / 'hub', documents(300))
     train = write_jsonl(tmp_path / 'train.jsonl', documents(300))
     val = write_jsonl(tmp_path / 'val.jsonl', documents(100, seed=1))
     common = ('text', '--tokenizer=bytes', '--shard_tokens=15_000')
@@ -194,7 +194,7 @@ def interrupted_commands(tmp_path, monkeypatch):
         'val_input': (*common, f'--input={train}', f'--val_input={val}'),
         'max_tokens': (*common, f'--input={train}', '--val_fraction=0.3', '--max_tokens=200_000'),
         'by position': (*common, f'--input={train}', '--val_fraction=1e-9'),
-        'fineweb_edu': ('fineweb_edu', *common[1:], '--val_fraction=0.3'),
+        'fineweb_edu': ('fineweb_edu', source, *common[1:], '--val_fraction=0.3'),
     }
 
 
@@ -202,7 +202,7 @@ def interrupted_commands(tmp_path, monkeypatch):
                                   'fineweb_edu'])
 def test_interrupted_before_and_after_each_meta(tmp_path, monkeypatch, kind):
     """Shards lie on the disk that meta.json does not know."""
-    told = interrupted_commands(tmp_path, monkeypatch)[kind]
+    told = interrupted_commands(tmp_path)[kind]
     run(*told, f'--data_dir={tmp_path}/straight')
     monkeypatch.setattr(prepare, 'SAVE_TOKENS', 50_000)
     folder = tmp_path / 'killed'
