@@ -286,16 +286,18 @@ class Tokenizer:
         try:
             return self.encoding.encode(text, disallowed_special=())
         except ValueError:
+            pass
+        try:
             # The regular expression runs out of stack on very long white space. GPT-2's splitter
             # cuts such a run out in any case, all but its last character, so that cutting there
             # first gives the same tokens. Python's \s has \x1c-\x1f besides Unicode's white space.
-            parts = re.split(r'([^\S\x1c-\x1f]{1000,})(?=[^\S\x1c-\x1f])', text)
-            if len(parts) == 1:
-                raise
             tokens = []
-            for part in filter(None, parts):
-                tokens += self.encode(part)
+            for part in re.split(r'([^\S\x1c-\x1f]{1000,})(?=[^\S\x1c-\x1f])', text):
+                tokens += self.encoding.encode(part, disallowed_special=())
             return tokens
+        except ValueError as error:
+            raise Refused(f'a text of {len(text)} characters cannot be tokenized ({error}); '
+                          'shorten its white space') from None
 
     def decode_bytes(self, tokens):
         """UTF-8; a character may be split between tokens."""
