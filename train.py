@@ -39,8 +39,8 @@ from support.shards import window_order
 class Settings:
     # --- run ----------------------------------------------------------------------------
     out_dir: str = 'out/run'  # run directory: config, log, metrics, checkpoints, summary
-    init_from: Literal['scratch', 'resume', 'auto', 'hf:PATH'] = 'scratch'  # auto: as it stands
-    # hf: the weights of a GPT-2, in a folder or by its name on the Hugging Face hub
+    init_from: Literal['scratch', 'resume', 'auto', 'hf:PATH'] = 'scratch'  # where it begins
+    # auto: resume if there is a run, else scratch; hf: a GPT-2, in a folder or by its hub name
     seed: int = 1337  # decides weights, data order and dropout (nanoGPT's value)
     device: str = 'auto'  # auto, cpu, cuda or cuda:N (ROCm's too); auto: GPU if there is one
     dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'  # of the matrices; auto: by device

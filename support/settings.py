@@ -9,6 +9,7 @@ import inspect
 import math
 import re
 import sys
+import textwrap
 from typing import get_args
 
 
@@ -147,7 +148,8 @@ def help_text(cls, usage):
             field = cls.__dataclass_fields__[found[1]]
             default = f'{field.name}={field.default!r}'
             kind = ' | '.join(get_args(field.type)) or field.type.__name__
-            lines.append(f'  --{default:34s} {kind}')
+            lines += textwrap.wrap(f'--{default:34s} {kind}', 98, initial_indent='  ',
+                                   subsequent_indent=' ' * 39)
             lines.append(f'        {found[2]}')
         elif found := re.match(r'    # -+ (.*?) -+$', line):
             lines.append(f'{found[1]}:')
