@@ -117,8 +117,8 @@ def test_optimizers_work_in_another_project(tmp_path):
 def test_budget_of_lines():
     """The house stays small: see make lines."""
     loaded = count_lines.loaded_by(HOME / 'train.py')
-    assert sum(map(count_lines.length, count_lines.SOURCES)) <= 5_500
-    assert sum(map(count_lines.length, loaded)) <= 3_700
+    assert sum(map(count_lines.length, count_lines.SOURCES)) <= 5_900
+    assert sum(map(count_lines.length, loaded)) <= 4_600
     assert max(map(count_lines.length, count_lines.SOURCES)) <= 620
 
 
