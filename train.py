@@ -539,7 +539,11 @@ def build(s, machine, data, saved):
     torch.use_deterministic_algorithms(s.deterministic)
     torch.manual_seed(s.seed)
     model = GPT(model_config(s, data.vocab_size))  # on the CPU: the same weights for every device
-    model.load_state_dict(saved['weights'] if saved else starting_weights(s, model))
+    try:
+        model.load_state_dict(saved['weights'] if saved else starting_weights(s, model))
+    except RuntimeError as error:  # an edited model.py; the error names what differs
+        raise Refused(f'init_from={s.init_from!r}: the weights are not those of this model.py; '
+                      f'{" ".join(str(error).split())}') from None
     flats = optim.flatten(model.to(machine.device), machine.dtype)
     optimizer, pruner = build_optimizer(s, flats)
     progress = Progress()

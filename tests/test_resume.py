@@ -361,3 +361,16 @@ def test_finished_run_of_other_settings_is_refused_not_called_done(tiny, tmp_pat
     assert train.main(tiny()) == 0
     problems = refusal(train.main, tiny(init_from='auto', seed=99, n_layer=1))
     assert [problem.split(':')[0] for problem in problems] == ['seed=99', 'n_layer=1']
+
+
+def test_weights_of_an_edited_model_are_refused(tiny, tmp_path, monkeypatch):
+    train.main(tiny(max_iters=4, lr_decay_iters=8))
+
+    class Edited(train.GPT):
+        def __init__(self, config):
+            super().__init__(config)
+            self.extra = torch.nn.Parameter(torch.zeros(3))
+
+    monkeypatch.setattr(train, 'GPT', Edited)
+    told = refusal(train.main, tiny(max_iters=8, lr_decay_iters=8, init_from='resume'))
+    assert len(told) == 1 and 'not those of this model.py' in told[0] and '"extra"' in told[0]
