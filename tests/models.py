@@ -1,7 +1,10 @@
-"""Small models for tests of attention and decoding."""
-import torch
+"""Small models of the tests, and what is counted of a model whatever its layers are."""
+from types import SimpleNamespace
 
-from model import GPT, GPTConfig
+import torch
+from conftest import TINY
+
+from model import GPT, GPTConfig, model_config
 
 SMALL = dict(vocab_size=131, block_size=48, n_layer=2, n_head=4, n_embd=32, loss_chunk_tokens=24)
 MLA = dict(attention='mla', latent_dim=12)
@@ -32,10 +35,21 @@ def lively(**told):
     model = GPT(GPTConfig(**{**SMALL, **told})).eval()
     with torch.no_grad():
         for name, p in model.blocks.named_parameters():
-            if p.dim() == 2 and 'mlp' not in name:
+            if p.dim() == 2 and 'attention' in name:
                 p.mul_(6)
             p.add_(0.1 * torch.randn_like(p))
     return model
+
+
+def tiny_model(**changes):
+    """The model of a run that conftest's tiny(**changes) describes, without weights."""
+    with torch.device('meta'):
+        return GPT(model_config(SimpleNamespace(**{**TINY, **changes}), vocab_size=257))
+
+
+def block_matrices(model):
+    """[parameter]: the matrices of the blocks, which pruning's scope 'blocks' is."""
+    return [p for p in model.blocks.parameters() if p.dim() == 2]
 
 
 def text(model, rows=3, T=None, seed=1):

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import refusal
+from models import block_matrices, tiny_model
 
 import bench
 import train
@@ -49,8 +50,9 @@ def test_plain_step_learns_what_ours_learns(benched):
 
 def test_flops_are_those_of_the_formula(benched):
     _, r, text = benched
-    layers, width, context, rows = 2, 64, 64, 384  # the bytes' vocabulary, padded
-    multiplying = rows * width + layers * (12 * width**2 + 2 * width) + width
+    layers, width, context = 2, 64, 64
+    multiplying = sum(p.numel() for name, p in tiny_model(**TINY).named_parameters()
+                      if name != 'position_embedding.weight')
     assert r['flops_a_token'] == 6 * multiplying + 12 * layers * width * context
     assert f'x {r["flops_a_token"]:,} FLOPs a token' in text
 
@@ -70,7 +72,7 @@ def test_profile_is_that_of_torch_and_its_trace_can_be_read(benched):
     assert str(folder / 'bench_trace.json') in text
     events = json.loads((folder / 'bench_trace.json').read_text())['traceEvents']
     products = [event for event in events if event.get('name') == 'aten::mm']
-    in_blocks = 2 * 4 * 3  # layers, matrices; forward and two backward
+    in_blocks = 3 * len(block_matrices(tiny_model(**TINY)))  # forward and two backward
     in_loss = 2 * 3  # chunks; logits and both gradients
     assert len(products) == 3 * 2 * (in_blocks + in_loss)  # steps, micro-batches
 
@@ -103,8 +105,7 @@ def test_plain_step_in_bfloat16_multiplies_float32_weights(tiny, monkeypatch):
     plain_loss = bench.plain_loss
 
     def watched(model, idx, targets):
-        fc = model.blocks[0].mlp.fc
-        hook = fc.register_forward_hook(
+        hook = model.blocks[0].attention.proj.register_forward_hook(
             lambda module, inputs, output: seen.add((module.weight.dtype, output.dtype)))
         loss = plain_loss(model, idx, targets)
         hook.remove()

@@ -19,6 +19,7 @@ from support import files
 from support.rundir import pack_weights, save_checkpoint
 
 transformers = pytest.importorskip('transformers')
+pytestmark = pytest.mark.gpt2  # it is GPT-2's format
 SIZES = dict(vocab_size=257, block_size=32, n_layer=2, n_head=4, n_embd=32)
 DATA = {'name': 'tiny', 'tokenizer': 'bytes', 'vocab_size': 257}
 

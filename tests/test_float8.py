@@ -213,6 +213,7 @@ def test_compiles_into_one_graph_with_the_same_gradients():
 # --- a model and runs -----------------------------------------------------------------------------
 
 
+@pytest.mark.gpt2  # the MLP in float8 is GPT-2's
 def test_a_model_trains_in_float8_and_evaluates_without():
     sizes = dict(vocab_size=131, block_size=32, n_layer=2, n_head=4, n_embd=32,
                  loss_chunk_tokens=64)
@@ -389,6 +390,7 @@ def test_compiled_product_is_that_of_the_rounded_numbers(m, n, k, fast, toleranc
 
 @gpu
 @no_gpu
+@pytest.mark.gpt2
 def test_gradients_in_bfloat16_and_float8_are_near_float64():
     torch.manual_seed(0)
     sizes = dict(vocab_size=50257, block_size=256, n_layer=2, n_head=4, n_embd=256,

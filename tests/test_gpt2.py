@@ -1,12 +1,15 @@
 """The default model is GPT-2: transformers' GPT2LMHeadModel and the published sizes as oracle.
 
-A change of the model that is meant to leave GPT-2 breaks these tests and no others.
+A change of the model that is meant to leave GPT-2 breaks these tests, test_export.py's and the two
+of float8's MLP, all marked gpt2, and no others.
 """
 import pytest
 import torch
 from torch.nn import functional as F
 
 from model import GPT, GPTConfig
+
+pytestmark = pytest.mark.gpt2
 
 NAMES = {
     'token_embedding.': 'transformer.wte.', 'position_embedding.': 'transformer.wpe.',
@@ -100,6 +103,17 @@ def test_initial_weights_are_gpt2s():
             assert p.std().item() == pytest.approx(expected, rel=0.03), name
         else:
             assert (p == (0 if name.endswith('bias') else 1)).all(), name
+
+
+def test_compiled_gelu_is_the_tanh_form():
+    x = torch.linspace(-12, 12, 4001, dtype=torch.float64, requires_grad=True)
+    from model import gelu  # which another activation may replace
+    y = torch.compile(gelu, backend='eager', fullgraph=True)(x)
+    expected = F.gelu(x, approximate='tanh')
+    torch.testing.assert_close(y, expected, atol=1e-14, rtol=1e-12)
+    found, = torch.autograd.grad(y.sum(), x)
+    slope, = torch.autograd.grad(expected.sum(), x)
+    torch.testing.assert_close(found, slope, atol=1e-13, rtol=1e-12)
 
 
 def test_flops_per_token_of_gpt2():

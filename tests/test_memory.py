@@ -79,7 +79,7 @@ def runs_out_once(training_calls, in_backward):
         loss = forward(self, idx, targets)
         if len(calls) == training_calls:
             # The later blocks have their gradients when the first one's arrives.
-            self.blocks[0].mlp.fc.weight.register_hook(run_out)
+            self.blocks[0].attention.proj.weight.register_hook(run_out)
         return loss
 
     return limited

@@ -17,16 +17,25 @@ def summary(folder):
     return json.loads((folder / 'summary.json').read_text())
 
 
-def zeros(folder):
-    """{name: share of zeros} of the block matrices in last.pt."""
+def matrices(folder):
+    """{name: weight} of the block matrices in last.pt."""
     weights = last(folder)['weights']
-    return {name: (w == 0).float().mean().item() for name, w in weights.items()
-            if name.startswith('blocks.') and w.dim() == 2}
+    return {name: w for name, w in weights.items() if name.startswith('blocks.') and w.dim() == 2}
+
+
+def scope_of(folder):
+    """How many weights these matrices have."""
+    return sum(w.numel() for w in matrices(folder).values())
+
+
+def zeros(folder):
+    """{name: share of zeros} of these matrices."""
+    return {name: (w == 0).float().mean().item() for name, w in matrices(folder).items()}
 
 
 def test_metrics_follow_the_schedule_and_the_summary_tells_all(tiny, tmp_path):
     train.main(tiny(**PRUNED, log_interval=1, eval_interval=3))
-    scope = 2 * 12 * 32 ** 2
+    scope = scope_of(tmp_path / 'run')
     for record in read_metrics(tmp_path / 'run' / 'metrics.jsonl'):
         chosen_at = max([step for step in (2, 4, 6, 8, 9) if step <= record['step']], default=2)
         done = (chosen_at - 2) / (9 - 2)
@@ -36,7 +45,7 @@ def test_metrics_follow_the_schedule_and_the_summary_tells_all(tiny, tmp_path):
     assert told['sparsity'] == 0.5
     assert told['sparsity_all'] == pytest.approx(0.5 * scope / told['parameters'])
     shares = zeros(tmp_path / 'run')
-    assert told['sparsity_by_layer'] == pytest.approx(shares) and len(shares) == 8
+    assert told['sparsity_by_layer'] == pytest.approx(shares)
     assert min(shares.values()) != max(shares.values())  # one threshold for all
 
 
@@ -50,9 +59,8 @@ def test_dense_run_says_so(tiny, tmp_path):
 def test_embedding_is_pruned_where_the_scope_has_it(tiny, tmp_path):
     train.main(tiny(**PRUNED, prune_scope='blocks+embedding', prune_allocation='layer'))
     told = summary(tmp_path / 'run')['sparsity_by_layer']
-    assert len(told) == 9 and 'token_embedding.weight' in told
+    assert told.keys() == {*matrices(tmp_path / 'run'), 'token_embedding.weight'}
     assert all(share == pytest.approx(0.5, abs=1e-3) for share in told.values())
-    assert 'position_embedding.weight' not in told
 
 
 def test_counters_of_spikes_are_in_the_summary(tiny, tmp_path):
@@ -84,7 +92,7 @@ def test_survivors_train_at_the_rate_over_density(tiny, monkeypatch):
 def test_best_of_a_pruned_run_is_small_and_exact(tiny, tmp_path, dtype):
     told = dict(n_embd=64, dtype=dtype, eval_interval=12, loss_chunk_tokens=64)
     train.main(tiny(**{**PRUNED, **told}))
-    blocks = 2 * 12 * 64 ** 2
+    blocks = scope_of(tmp_path / 'run')
     everything = summary(tmp_path / 'run')['parameters']
     element = 4 if dtype == 'float32' else 2
     expected = (everything - blocks) * element + blocks * (element / 2 + 1 / 8)
@@ -97,7 +105,7 @@ def test_best_of_a_pruned_run_is_small_and_exact(tiny, tmp_path, dtype):
     for name, weight in last(tmp_path / 'run')['weights'].items():
         expected = weight.to(rounded).float() if weight.dim() >= 2 else weight
         assert torch.equal(named[name], expected), name  # the last evaluation is the best
-    assert all(share > 0.2 for share in zeros(tmp_path / 'run').values())
+    assert all(share > 0 for share in zeros(tmp_path / 'run').values())
 
 
 def test_best_is_one_of_the_final_sparsity_even_if_denser_ones_were_better(
@@ -108,7 +116,8 @@ def test_best_is_one_of_the_final_sparsity_even_if_denser_ones_were_better(
     best = load_checkpoint(tmp_path / 'run' / 'best.pt')
     assert (best['step'], best['val_loss']) == (12, 2.75)
     assert summary(tmp_path / 'run')['best_val_loss'] == 2.75
-    assert sum(isinstance(part, dict) for part in best['weights'].values()) == 8  # packed
+    packed = {name for name, part in best['weights'].items() if isinstance(part, dict)}
+    assert packed == matrices(tmp_path / 'run').keys()
 
 
 @pytest.mark.parametrize('which', ['last', 'best'])
@@ -135,7 +144,7 @@ def test_only_regrowing_weights_come_back(tiny, tmp_path, monkeypatch, regrow, b
     for before, after in zip(masks, masks[1:]):
         returned += sum(int((after[name] & ~before[name]).sum()) for name in before)
     assert (returned > 0) == back
-    assert masks[9].keys() == masks[11].keys() and len(masks[9]) == 8
+    assert masks[9].keys() == masks[11].keys() == matrices(tmp_path / 'run').keys()
     assert all(torch.equal(masks[9][name], masks[11][name]) for name in masks[9])  # frozen
 
 
@@ -161,13 +170,25 @@ def test_masks_that_a_spike_warm_up_held_back_come_when_it_is_over(tiny, tmp_pat
         assert by_step[reset + 3] > by_step[reset + 2]
 
 
-@pytest.mark.parametrize('optimizer', ['adamw', 'adamwspam', 'adamwprune'])
-def test_scores_do_not_depend_on_the_name_of_the_optimizer(tiny, tmp_path, optimizer):
-    """Without resets AdamWSPAM is AdamW here, and adamwprune always is: the same masks, weights."""
-    spam = dict(spam_interval=0) if optimizer == 'adamwspam' else {}
-    train.main(tiny(**PRUNED, **spam, optimizer=optimizer, beta2=0.999))
-    train.main(tiny(**PRUNED, beta2=0.999, out_dir=tmp_path / 'adamw'))
-    a, b = (last(tmp_path / name)['weights'] for name in ('run', 'adamw'))
-    for name in a:
-        assert ((a[name] == 0) == (b[name] == 0)).float().mean() > 0.99, name
-        assert (a[name] - b[name]).abs().mean() < 1e-4, name
+def distance(a, b):
+    """Mean difference of a weight of two {name: weights}."""
+    return torch.cat([(a[name] - b[name]).abs().flatten() for name in a]).mean().item()
+
+
+def test_scores_do_not_depend_on_the_name_of_the_optimizer(tiny, tmp_path):
+    """adamwprune is AdamW; without resets AdamWSPAM is nearly: its epsilon is placed otherwise.
+
+    Nearly: ten times nearer than another beta2, whatever the model amplifies.
+    """
+    runs = {'adamw': {}, 'adamwprune': dict(optimizer='adamwprune'), 'other': dict(beta2=0.99),
+            'adamwspam': dict(optimizer='adamwspam', spam_interval=0)}
+    weights = {}
+    for name, told in runs.items():
+        rates = dict(learning_rate=3e-4, min_lr=3e-5, beta2=0.999)
+        train.main(tiny(**{**PRUNED, **rates, **told}, out_dir=tmp_path / name))
+        weights[name] = last(tmp_path / name)['weights']
+    adamw = weights['adamw']
+    assert distance(weights['adamwprune'], adamw) == 0
+    assert distance(weights['adamwspam'], adamw) < 0.1 * distance(weights['other'], adamw)
+    for name, weight in weights['adamwspam'].items():
+        assert ((weight == 0) == (adamw[name] == 0)).float().mean() > 0.99, name
