@@ -84,6 +84,9 @@ def check_out_dir(s, bytes_needed):
     if starts_anew(s) and there:
         problems.append(f"out_dir='{s.out_dir}' holds another run; continue it with "
                         '--init_from=resume or choose another --out_dir')
+    if s.init_from == 'resume' and 'last.pt' not in there:
+        problems.append(f"init_from='resume': no checkpoint {s.out_dir}/last.pt; check the folder, "
+                        'or start with --init_from=scratch')
     parent = os.path.abspath(s.out_dir)
     while not os.path.exists(parent):
         parent = os.path.dirname(parent)

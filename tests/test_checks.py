@@ -41,7 +41,7 @@ def test_settings_are_few_and_help_explains_each(capsys):
 
 def test_comments_that_go_on_are_part_of_the_help():
     text = help_text(train.Settings, '')
-    for words in ('the weights of a GPT-2, in a folder', 'the compiler computes the rest again',
+    for words in ('hf: a GPT-2, in a folder', 'the compiler computes the rest again',
                   'sparse muP', '(SR-STE, arXiv 2102.04010)'):
         assert words in text
 

@@ -103,8 +103,8 @@ def test_out_dir_that_holds_another_run(tiny, tmp_path, name):
 
 def test_resume_with_nothing_there(tiny, tmp_path):
     assert refusal(train.main, tiny(init_from='resume')) == [
-        f'no checkpoint {tmp_path}/run/last.pt; check the folder, or start with '
-        '--init_from=scratch']
+        f"init_from='resume': no checkpoint {tmp_path}/run/last.pt; check the folder, or start "
+        'with --init_from=scratch']
 
 
 def test_disk_without_room_for_the_checkpoints(tiny, tmp_path, monkeypatch):

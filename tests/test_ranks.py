@@ -126,7 +126,7 @@ def test_two_processes_train_as_one(two, tmp_path):
             for path in (tmp_path / 'one', folder / 'two_0')]
     assert abs(told[0]['val_loss'] - told[1]['val_loss']) < 1e-3
     log = (folder / 'two_0' / 'train.log').read_text()
-    assert 'x 4 micro-batches = 8 sequences, on 2 processes' in log
+    assert 'x 4 micro-batches = 8 sequences on 2 processes' in log
 
 
 def test_only_the_first_process_writes(two):
