@@ -266,6 +266,9 @@ def export(model, tokenizer_name, out_dir, dtype):
     """Write the folder and say what is in it. Refused, and no folder, if anything fails."""
     model.to(getattr(torch, dtype)).float()  # rounded like the file, so that the logits compare
     config = model.config
+    if config.reciprocal:  # a fixed weight of it is no parameter that could be missed
+        raise Refused(f'ra_alpha={config.ra_alpha} ra_learned={config.ra_learned}: the format of '
+                      'GPT-2 has no reciprocal attention; use it with sample.py')
     weights = model.state_dict()
     embedding = weights['token_embedding.weight']
     weights['token_embedding.weight'] = embedding[:config.vocab_size]  # no padding

@@ -165,6 +165,8 @@ def print_continued(model, tokenizer, s):
         seeds += [s.seed + 1_000_003 * number for number in range(s.num_samples)]
     encoded = [tokenizer.encode(prompt) or [tokenizer.eot] for prompt in prompts]
     if model.config.reciprocal:
+        print('note: reciprocal attention has no cache; the whole text is read anew for each token',
+              file=sys.stderr)
         reader = WholeReader(model)
     else:
         on_gpu = model.token_embedding.weight.is_cuda

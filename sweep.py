@@ -41,32 +41,37 @@ class Job:
 
 
 def read_experiment(path):
-    """(name, {run: arguments of train.py}) of an experiment file."""
+    """(name, base preset, {run: {setting: value}}) of an experiment file."""
     try:
         told = read_config(path)
     except ValueError as error:
         raise Refused(str(error)) from None
+    if not isinstance(told.get('runs', {}), dict):
+        raise Refused(f'{path}: runs must be a dict {{name: {{setting: value}}}}')
     missing = [key for key in ('base', 'runs') if key not in told]
     if missing:
         raise Refused(f"{path}: assigns no {' and no '.join(missing)}; see sweep.py --help")
-    runs = {}
-    for name, changes in told['runs'].items():
-        settings = {**told.get('common', {}), **changes}
-        runs[name] = [told['base'], *(f'--{key}={value}' for key, value in settings.items())]
-    return os.path.basename(path).removesuffix('.py'), runs
+    common = told.get('common', {})
+    runs = {name: {**common, **changes} for name, changes in told['runs'].items()}
+    return os.path.basename(path).removesuffix('.py'), told['base'], runs
 
 
-def is_finished(folder):
+def is_finished(folder, settings):
+    """Whether `folder` holds a finished run of these settings; train.py refuses one of others."""
     summary = read_json(os.path.join(folder, 'summary.json'))
-    return bool(summary) and summary['exit_reason'] == 'finished'
+    if not summary or summary['exit_reason'] != 'finished':
+        return False
+    made_with = read_json(os.path.join(folder, 'config.json'))['settings']
+    return all(made_with.get(key) == value for key, value in settings.items())
 
 
-def start(name, arguments, folder, gpus):
+def start(name, base, settings, folder, gpus):
     """Train, or continue, one run in `folder`; what it says goes to FOLDER.log."""
     command = [sys.executable]
     if len(gpus) > 1:
         command += ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={len(gpus)}']
-    command += ['train.py', *arguments, f'--out_dir={folder}', '--init_from=auto']
+    command += ['train.py', base, *(f'--{key}={value}' for key, value in settings.items())]
+    command += [f'--out_dir={folder}', '--init_from=auto']
     environment = dict(os.environ)
     if gpus:
         environment['CUDA_VISIBLE_DEVICES'] = ','.join(map(str, gpus))
@@ -76,9 +81,9 @@ def start(name, arguments, folder, gpus):
     return Job(name, process, gpus)
 
 
-def run_all(runs, folders, s):
+def run_all(base, runs, folders, s):
     """Train what is not finished, until all are or the time is up. Returns {run: exit code}."""
-    waiting = [name for name in runs if not is_finished(folders[name])]
+    waiting = [name for name in runs if not is_finished(folders[name], runs[name])]
     free = list(range(s.gpus))
     running = []
     codes = {}
@@ -87,7 +92,7 @@ def run_all(runs, folders, s):
         while waiting and (len(free) >= s.gpus_a_run or not (s.gpus or running)):
             gpus = [free.pop(0) for _ in range(min(s.gpus_a_run, len(free)))]
             name = waiting.pop(0)
-            running.append(start(name, runs[name], folders[name], gpus))
+            running.append(start(name, base, runs[name], folders[name], gpus))
         time.sleep(0.2)
         for job in [job for job in running if job.process.poll() is not None]:
             running.remove(job)
@@ -97,8 +102,13 @@ def run_all(runs, folders, s):
     for job in running:
         job.process.send_signal(signal.SIGTERM)
     for job in running:
-        codes[job.name] = job.process.wait(timeout=SAVING_SECONDS)
-        print(f'{job.name}: the time is up; the same command continues it', flush=True)
+        try:
+            codes[job.name] = job.process.wait(timeout=SAVING_SECONDS)
+            print(f'{job.name}: the time is up; the same command continues it', flush=True)
+        except subprocess.TimeoutExpired:
+            job.process.kill()
+            print(f'{job.name}: killed, because it had not saved after {SAVING_SECONDS} s; the '
+                  'same command continues it from its last checkpoint', flush=True)
     return codes
 
 
@@ -108,6 +118,7 @@ def keep_results(folder, place):
     for name in ('config.json', 'summary.json'):
         content = read_json(os.path.join(folder, name))
         content.pop('host', None)  # results are for everybody
+        content.pop('command', None)  # the experiment says it
         write_json(os.path.join(place, name), content)
     records = read_metrics(os.path.join(folder, 'metrics.jsonl'))
     trained = [record for record in records if 'loss' in record]
@@ -124,16 +135,16 @@ def main(argv):
         print(help_text(SweepSettings, __doc__))
         return 0 if argv else 2
     s, problems, _ = parse(SweepSettings, argv[1:], config_files=False)
-    if s.gpus and not 1 <= s.gpus_a_run <= s.gpus:
+    if not 1 <= s.gpus_a_run <= max(1, s.gpus):
         problems.append(f'gpus_a_run={s.gpus_a_run} gpus={s.gpus}: must be from 1 to gpus')
     if problems:
         raise Refused(problems)
-    experiment, runs = read_experiment(argv[0])
+    experiment, base, runs = read_experiment(argv[0])
     parent = os.path.join(os.path.abspath(s.out_dir), experiment)
     os.makedirs(parent, exist_ok=True)
     folders = {name: os.path.join(parent, name) for name in runs}
-    codes = run_all(runs, folders, s)
-    done = [name for name in runs if is_finished(folders[name])]
+    codes = run_all(base, runs, folders, s)
+    done = [name for name in runs if is_finished(folders[name], runs[name])]
     for name in done:
         keep_results(folders[name], os.path.join('results', experiment, name))
     if done:

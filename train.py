@@ -159,7 +159,7 @@ def train(run):
         if p.step % s.save_interval == 0:
             save(run)
         stop_if_signalled(run)
-    save(run)
+    save(run, at_end=True)
 
 
 def one_step(run):
@@ -290,6 +290,9 @@ def evaluate_and_keep_best(run):
     with paused(run):
         stop_if_bad(run)
         p.val_loss = evaluate(run).item()
+        if not math.isfinite(p.val_loss):
+            raise Stop('nan', 3, f'step {p.step}: the validation loss is {p.val_loss}; nothing of '
+                                 'this step is saved. Likely a learning rate too high')
         perplexity = perplexity_of(p.val_loss)
         run.log.say(f'step {p.step:>6}/{s.max_iters}  validation loss {p.val_loss:.4f}  '
                     f'perplexity {perplexity:.2f}')
@@ -414,11 +417,11 @@ def identity(run):
     )
 
 
-def save(run):
-    """Everything needed to continue, to last.pt; not while the loss is suspiciously high."""
+def save(run, at_end=False):
+    """Everything needed to continue, to last.pt; before the end not while the loss is too high."""
     with paused(run):
         stop_if_bad(run)
-        if run.log.write and run.progress.above_since < 0:
+        if run.log.write and (at_end or run.progress.above_since < 0):
             path = os.path.join(run.settings.out_dir, 'last.pt')
             save_checkpoint(path, {
                 **identity(run),
@@ -497,7 +500,7 @@ def problems_when_built(s, data):
         with torch.device('meta'):
             model = GPT(model_config(s, data.vocab_size))
             build_optimizer(s, optim.flatten(model, torch.float32))
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:  # RuntimeError: sizes beyond all bounds
         return [str(error)], 0
     return [], model.parameter_count() * 4 * (3 + 1) * 2  # each beside the one it replaces
 
@@ -609,6 +612,8 @@ if __name__ == '__main__':
         exit_code = main(sys.argv[1:])
     except Refused as refused:
         exit_code = refused.report() if os.environ.get('RANK', '0') == '0' else 2
+    except KeyboardInterrupt:  # before the first step, or the second Ctrl-C
+        exit_code = 130
     if dist.is_initialized():
         dist.destroy_process_group()
     sys.exit(exit_code)

@@ -27,6 +27,7 @@ def check(s, typed=()):
         require(getattr(s, key) >= 1, key, 'must be at least 1')
     for key in AT_LEAST_0:
         require(getattr(s, key) >= 0, key, 'must not be negative')
+    require(s.prune_lr_power <= 10, 'prune_lr_power', 'must be at most 10')
     for key in ('beta1', 'beta2', 'dropout'):
         require(0 <= getattr(s, key) < 1, key, 'must be at least 0 and below 1')
     require(s.out_dir, 'out_dir', 'must not be empty')
@@ -114,6 +115,7 @@ def without_effect(s):
     act_only('activation_budget', 'compile=True', s.compile)
     act_only('spam_mode spam_interval spam_warmup', 'optimizer=adamwspam',
              s.optimizer == 'adamwspam')
+    act_only('spam_warmup', 'spam_interval above 0', s.spam_interval > 0)
     act_only('target_sparsity prune_scope prune_allocation prune_lr_power prune_schedule '
              'prune_start prune_end prune_interval prune_regrow prune_pattern',
              'a prune_score', s.prune_score != 'none')

@@ -62,6 +62,8 @@ def finite_or_none(value):
     """`value` for JSON, which has no NaN and no infinity."""
     if isinstance(value, dict):
         return {key: finite_or_none(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [finite_or_none(each) for each in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

@@ -37,6 +37,10 @@ def rung_label(run):
     return f'micro-batches of {run.active.batch_size}'
 
 
+AGREED_STEPS = 2  # of a session, in which ranks agree, because agreeing means waiting; the first
+# step makes the moments, so that the second needs the most
+
+
 def within_memory(run, work):
     """work(run), one rung further down the ladder each time memory runs out."""
     while True:
@@ -50,8 +54,7 @@ def within_memory(run, work):
                 raise
             sentences = str(error).splitlines()[0].split('. ')  # the rest is about the allocator
             failure = '. '.join(sentences[:2]).rstrip('.')
-        if run.machine.world > 1 and run.progress.step == run.start_step:
-            # The ranks agree in the first step of a session only, because agreeing means waiting.
+        if run.machine.world > 1 and run.progress.step < run.start_step + AGREED_STEPS:
             failed = torch.tensor(float(failure is not None), device=run.machine.device)
             dist.all_reduce(failed)
             if failed.item():
@@ -65,9 +68,13 @@ def step_down(run, failure):
     """The next rung of the ladder, or Stop."""
     p = run.progress
     last = len(ladder(run.settings)) - 1
-    too_late = run.machine.world > 1 and p.step > run.start_step
-    if too_late or p.rung == last:
-        raise Stop('out of memory', 1, f'step {p.step + 1}: {failure}. No further rung is left')
+    if run.machine.world > 1 and p.step >= run.start_step + AGREED_STEPS:
+        raise Stop('out of memory', 1, f'step {p.step + 1}: {failure}. The ranks agree on smaller '
+                                       f'micro-batches in the first {AGREED_STEPS} steps only; '
+                                       'continue with --init_from=resume and half --batch_size')
+    if p.rung == last:
+        raise Stop('out of memory', 1, f'step {p.step + 1}: {failure}. Micro-batches of one row '
+                                       'are the last rung; use a smaller model or block_size')
     p.rung += 1
     run.active = settings_on_rung(run.settings, p.rung)
     run.log.say(f'OUT OF MEMORY at step {p.step + 1} ({failure}). Rung {p.rung} of {last}: '

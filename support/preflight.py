@@ -178,7 +178,7 @@ def rows_of(run):
         repeated = '; beyond about 4, repeated text teaches little (arXiv 2305.16264)'
     peak = f'{m.peak_flops / 1e12:.0f} TFLOP/s peak' if m.peak_flops else 'peak unknown, no MFU'
     in_float8 = '; training multiplies in float8 in MLP and head' if s.fp8 else ''
-    kernel = attention_backend(run.model.config, s.batch_size, m.device, m.dtype)
+    kernel = attention_backend(run.model.config, 1, m.device, m.dtype)
     if kernel == 'math' and m.device.type == 'cuda':
         kernel = 'math: UNFUSED, slow and O(block_size^2) memory; try bfloat16, another head width'
     pruning = 'none'

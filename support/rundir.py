@@ -79,7 +79,8 @@ def pack_weights(weights, masks, dtype):
     packed = {}
     for name, weight in weights.items():
         cast = weight.to(dtype) if weight.dim() >= 2 else weight
-        packed[name] = pack(cast, masks[name]) if name in masks else cast
+        # A copy, because torch.save writes all of the tensor that a view is of.
+        packed[name] = pack(cast, masks[name]) if name in masks else cast.clone()
     return packed
 
 
@@ -168,7 +169,12 @@ def open_tracker(name, out_dir, config):
     if name == 'tensorboard':
         tensorboard = importlib.import_module('torch.utils.tensorboard')
         writer = tensorboard.SummaryWriter(os.path.join(out_dir, 'tensorboard'))
-        return lambda numbers, step: [writer.add_scalar(k, v, step) for k, v in numbers.items()]
+
+        def write_all(numbers, step):
+            for key, value in numbers.items():
+                writer.add_scalar(key, value, step)
+            writer.flush()
+        return write_all
     package = importlib.import_module(name)  # wandb and trackio have the same interface
     run_name = os.path.basename(os.path.abspath(out_dir))
     package.init(project='nanoprune', name=run_name, config=config)

@@ -315,7 +315,7 @@ STRUCTURES = {
     'rotary': (dict(positions='rotary'), 'missing: position_embedding.weight'),
     'grouped': (dict(n_kv_head=2), 'beyond GPT-2: blocks.0.attention.qkv.weight (64, 32), '),
     'latent': (dict(attention='mla', latent_dim=8), 'missing: blocks.0.attention.qkv.weight'),
-    'learned RA': (dict(ra_learned=True), 'beyond GPT-2: blocks.0.attention.'),
+    'learned RA': (dict(ra_learned=True), 'GPT-2 has no reciprocal attention'),
 }
 
 
@@ -377,7 +377,7 @@ def test_what_weights_do_not_show_is_refused_by_the_logits(trained, monkeypatch,
 
 def test_fixed_reciprocal_attention_and_another_epsilon_are_refused(trained, tmp_path):
     _, run, out = trained(ra_alpha=0.01)
-    assert 'computes something GPT-2 does not' in refusal(export.main, [run, out])[0]
+    assert 'GPT-2 has no reciprocal attention' in refusal(export.main, [run, out])[0]
     model = shaken(GPT(GPTConfig(**SIZES)))
     model.norm.eps = 1e-3
     problem, = refusal(export.export, model, 'bytes', out, 'float32')

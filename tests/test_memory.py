@@ -123,7 +123,8 @@ def test_ladder_ends(tiny, tmp_path, memory_for):
     memory_for(0)
     assert train.main(tiny(batch_size=4)) == 1
     assert text_log(tmp_path / 'run').endswith(
-        'step 1: CUDA out of memory. Tried to allocate 2.00 GiB. No further rung is left\n')
+        'step 1: CUDA out of memory. Tried to allocate 2.00 GiB. Micro-batches of one row are the '
+        'last rung; use a smaller model or block_size\n')
     result = summary(tmp_path / 'run')
     assert (result['exit_reason'], result['rung']) == ('out of memory', 2)
 

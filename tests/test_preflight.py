@@ -256,3 +256,8 @@ def test_announcement_is_printed_logged_and_kept(tiny, tmp_path, capsys):
     assert config['model']['n_embd'] == 32
     assert config['data'] == dict(name='tiny', tokenizer='bytes', vocab_size=257)
     assert (config['dtype'], config['processes']) == ('float32', 1)
+
+
+def test_sizes_beyond_all_bounds_are_one_line(tiny):
+    told = refusal(train.main, tiny(n_embd=10**9, n_head=1))
+    assert len(told) == 1 and 'overflow' in told[0]

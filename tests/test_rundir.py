@@ -317,12 +317,15 @@ def test_tensorboard_gets_each_number_at_its_step(tmp_path, monkeypatch):
         def add_scalar(self, name, value, step):
             written.append((name, value, step))
 
+        def flush(self):
+            written.append('flushed')
+
     module = types.SimpleNamespace(SummaryWriter=SummaryWriter)
     monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', module)
     log = RunLog(str(tmp_path), tracker='tensorboard')
     log.measure(dict(step=5, loss=2.5, mfu=None))
     log.close()
-    assert written == [('loss', 2.5, 5)]
+    assert written == [('loss', 2.5, 5), 'flushed']
 
 
 def test_damaged_lines_of_the_metrics_are_left_out(tmp_path):

@@ -70,3 +70,18 @@ def test_what_is_not_an_experiment_is_refused(tmp_path):
     assert 'assigns no runs' in refusal(sweep.main, [str(path)])[0]
     assert 'cannot be read' in refusal(sweep.main, [str(tmp_path / 'none.py')])[0]
     assert 'gpus_a_run=3' in refusal(sweep.main, [str(path), '--gpus=2', '--gpus_a_run=3'])[0]
+
+
+def test_an_edited_experiment_is_not_finished(tmp_path):
+    folder = tmp_path / 'run'
+    folder.mkdir()
+    (folder / 'summary.json').write_text('{"exit_reason": "finished"}')
+    (folder / 'config.json').write_text('{"settings": {"seed": 1, "learning_rate": 0.001}}')
+    assert sweep.is_finished(str(folder), dict(seed=1, learning_rate=1e-3))
+    assert not sweep.is_finished(str(folder), dict(seed=2, learning_rate=1e-3))
+
+
+def test_a_run_that_does_not_save_in_time_is_killed_and_said(experiment, monkeypatch, capsys):
+    monkeypatch.setattr(sweep, 'SAVING_SECONDS', 0)
+    assert sweep.main([str(experiment), '--time_limit=1']) == 1
+    assert 'killed, because it had not saved' in capsys.readouterr().out

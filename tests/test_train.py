@@ -379,3 +379,23 @@ def test_tracker_gets_what_is_measured(tiny, tmp_path, monkeypatch):
     assert train.main(tiny(tracker='wandb', max_iters=4)) == 0
     assert 'WARNING: tracker=wandb is not available' in text_log(tmp_path / 'run')
     assert 4 in losses(tmp_path / 'run')
+
+
+# --- the end --------------------------------------------------------------------------------------
+
+
+def test_a_finished_run_has_saved_its_end_even_if_its_last_loss_was_high(tiny, tmp_path):
+    def too_high(run, loss):
+        run.progress.above_since = run.progress.step
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, 'guard_against_divergence', too_high)
+        assert train.main(tiny(max_iters=8, save_interval=4)) == 0
+    assert last(tmp_path / 'run')['progress']['step'] == 8
+
+
+def test_a_validation_loss_that_is_not_finite_ends_the_run_unsaved(tiny, tmp_path):
+    told = tiny(learning_rate=1e20, min_lr=0, warmup_iters=0, max_iters=1)
+    assert train.main(told) == 3
+    assert not (tmp_path / 'run' / 'last.pt').exists()
+    assert summary(tmp_path / 'run')['exit_reason'] == 'nan'
