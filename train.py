@@ -172,10 +172,18 @@ def one_step(run):
     set_learning_rate(run)
     run.optimizer.step()
     if run.pruner:
-        run.pruner.step()
+        prune_weights(run)
     optim.refresh_working(run.flats)
     run.progress.step += 1
     return loss, norm
+
+
+def prune_weights(run):
+    """The pruner's part of an update. Refused: the optimizer does not keep what the score needs."""
+    try:
+        run.pruner.step()
+    except ValueError as error:
+        raise Refused(str(error)) from None
 
 
 def local_gradients(run):

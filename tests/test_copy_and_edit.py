@@ -119,7 +119,7 @@ def test_budget_of_lines():
     loaded = count_lines.loaded_by(HOME / 'train.py')
     assert sum(map(count_lines.length, count_lines.SOURCES)) <= 5_900
     assert sum(map(count_lines.length, loaded)) <= 4_600
-    assert max(map(count_lines.length, count_lines.SOURCES)) <= 620
+    assert max(map(count_lines.length, count_lines.SOURCES)) <= 630
 
 
 def test_no_import_inside_a_function_of_our_own_files():

@@ -4,8 +4,9 @@ import os
 
 import pytest
 import torch
-from conftest import last
+from conftest import last, refusal
 
+import optim
 import train
 from model import load_model
 from support.rundir import load_checkpoint, read_metrics
@@ -192,3 +193,25 @@ def test_scores_do_not_depend_on_the_name_of_the_optimizer(tiny, tmp_path):
     assert distance(weights['adamwspam'], adamw) < 0.1 * distance(weights['other'], adamw)
     for name, weight in weights['adamwspam'].items():
         assert ((weight == 0) == (adamw[name] == 0)).float().mean() > 0.99, name
+
+
+def test_score_of_what_the_optimizer_does_not_keep_is_refused(tiny, monkeypatch):
+    def build_sgd(groups, settings, flats, compiled):
+        return torch.optim.SGD(groups, settings.learning_rate, momentum=0.9)
+
+    monkeypatch.setitem(optim.OPTIMIZERS, 'adamw', build_sgd)
+    told = dict(prune_start=2, prune_end=6, prune_interval=2)
+    problem, = refusal(train.main, tiny(**told, prune_score='bitter7'))
+    assert 'needs exp_avg_sq, which SGD does not keep' in problem
+
+
+def test_any_optimizer_of_pytorch_is_pruned(tiny, tmp_path, monkeypatch):
+    def build_sgd(groups, settings, flats, compiled):
+        return torch.optim.SGD(groups, settings.learning_rate, momentum=0.9)
+
+    monkeypatch.setitem(optim.OPTIMIZERS, 'adamw', build_sgd)
+    told = dict(prune_start=2, prune_end=6, prune_interval=2, prune_score='magnitude')
+    assert train.main(tiny(**told)) == 0
+    summary = json.loads((tmp_path / 'run' / 'summary.json').read_text())
+    assert summary['sparsity'] == 0.5
+    assert '  optimizer          SGD, ' in (tmp_path / 'run' / 'train.log').read_text()
