@@ -307,10 +307,10 @@ class LatentAttention(CausalAttention):
 ATTENTIONS = {'mha': Attention, 'mla': LatentAttention}
 
 
-def attention_backend(config, batch_size, device, dtype):
+def attention_backend(config, device, dtype):
     """Name of the kernel that runs this model's attention here; 'math' is unfused.
 
-    PyTorch's own dispatcher names it for tensors of the real shapes. 'flex' is that of the compiled
+    PyTorch's own dispatcher names it for one row of the real shape. 'flex' is that of the compiled
     model: the window of one that is not compiled is 'math' on a GPU too.
     """
     if config.windowed:
@@ -319,7 +319,7 @@ def attention_backend(config, batch_size, device, dtype):
     H = config.n_head
     K = config.n_kv_head if config.attention == 'mha' and config.n_kv_head else H
     D = config.head_width * (2 if config.reciprocal else 1)
-    shape = (batch_size, config.block_size, H + 2 * K, D)
+    shape = (1, config.block_size, H + 2 * K, D)
     heads = torch.empty(shape, device=device, dtype=dtype, requires_grad=True)
     q, k, v = (part.transpose(1, 2) for part in heads.split([H, K, K], 2))
     choice = torch._fused_sdp_choice(q, k, v, None, config.dropout, True, enable_gqa=K < H)

@@ -244,7 +244,7 @@ def main(argv):
     if problems := problems + check(source, settings, typed):
         raise Refused(problems)
     settings.name = settings.name or source
-    settings.data_dir = settings.data_dir or os.path.join('data', settings.name)
+    settings.data_dir = shards.data_folder(settings.data_dir, settings.name)
     try:
         prepare(source, settings)
     except KeyboardInterrupt:

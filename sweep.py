@@ -7,6 +7,7 @@ holds settings of all runs. Call it again until all are finished. Then it prints
 draws its picture, and copies each run's config, summary and thinned metrics to results/NAME/RUN/.
 """
 import json
+import math
 import os
 import signal
 import subprocess
@@ -37,7 +38,7 @@ class Job:
     """One run of the experiment while it trains."""
     name: str
     process: subprocess.Popen
-    gpus: list  # numbers
+    gpus: list  # their numbers, or [None]
 
 
 def read_experiment(path):
@@ -73,24 +74,26 @@ def start(name, base, settings, folder, gpus):
     command += ['train.py', base, *(f'--{key}={value}' for key, value in settings.items())]
     command += [f'--out_dir={folder}', '--init_from=auto']
     environment = dict(os.environ)
-    if gpus:
+    told = ''
+    if None not in gpus:
+        told = f' on GPU {gpus}'
         environment['CUDA_VISIBLE_DEVICES'] = ','.join(map(str, gpus))
     with open(f'{folder}.log', 'a') as log:
         process = subprocess.Popen(command, cwd=HOME, env=environment, stdout=log, stderr=log)
-    print(f'{name}: started{f" on GPU {gpus}" if gpus else ""}; it says: {folder}.log', flush=True)
+    print(f'{name}: started{told}; it says: {folder}.log', flush=True)
     return Job(name, process, gpus)
 
 
 def run_all(base, runs, folders, s):
     """Train what is not finished, until all are or the time is up. Returns {run: exit code}."""
     waiting = [name for name in runs if not is_finished(folders[name], runs[name])]
-    free = list(range(s.gpus))
+    free = list(range(s.gpus)) or [None]  # None: the device that the settings name
     running = []
     codes = {}
     deadline = time.monotonic() + s.time_limit if s.time_limit else float('inf')
     while (waiting or running) and time.monotonic() < deadline:
-        while waiting and (len(free) >= s.gpus_a_run or not (s.gpus or running)):
-            gpus = [free.pop(0) for _ in range(min(s.gpus_a_run, len(free)))]
+        while waiting and len(free) >= s.gpus_a_run:
+            gpus = [free.pop(0) for _ in range(s.gpus_a_run)]
             name = waiting.pop(0)
             running.append(start(name, base, runs[name], folders[name], gpus))
         time.sleep(0.2)
@@ -121,10 +124,12 @@ def keep_results(folder, place):
         content.pop('command', None)  # the experiment says it
         write_json(os.path.join(place, name), content)
     records = read_metrics(os.path.join(folder, 'metrics.jsonl'))
-    trained = [record for record in records if 'loss' in record]
-    every = -(-len(trained) // max(1, METRICS_KEPT - len(records) + len(trained)))
-    left_out = [record for i, record in enumerate(reversed(trained)) if i % max(1, every)]
-    lines = [json.dumps(record) + '\n' for record in records if record not in left_out]
+    steps = [record['step'] for record in records if 'loss' in record]  # of training
+    room = METRICS_KEPT - (len(records) - len(steps))
+    every = max(1, math.ceil(len(steps) / max(1, room)))
+    left = set(steps[::-every])  # from the last backwards
+    kept = [record for record in records if 'loss' not in record or record['step'] in left]
+    lines = [json.dumps(record) + '\n' for record in kept]
     path = os.path.join(place, 'metrics.jsonl')
     write_atomically(path, lambda f: f.write(''.join(lines).encode()))
 

@@ -11,7 +11,7 @@ from support.checks import without_effect
 from support.files import read_json, write_json
 from support.rundir import load_checkpoint, provenance, size
 from support.settings import Refused, changed
-from support.shards import open_data
+from support.shards import data_folder, open_data
 
 # A resumed run may change these; everything else is what makes it the same run.
 FREE_ON_RESUME = set('''out_dir init_from device compile tracker data_dir batch_size
@@ -53,14 +53,10 @@ def check_machine(s, machine):
     return problems
 
 
-def data_folder(s):
-    return s.data_dir or os.path.join('data', s.dataset)
-
-
 def find_data(s):
     """(Data or None, problems) of the data set that the settings name."""
     try:
-        data = open_data(data_folder(s), s.dataset)
+        data = open_data(s.data_dir, s.dataset)
     except Refused as refused:
         return None, refused.problems
     problems = []
@@ -128,7 +124,7 @@ def checkpoint_to_resume(s, data):
     ]
     if saved['fingerprint'] != data.fingerprint:
         problems.append(
-            f'data in {data_folder(s)} changed: fingerprint {data.fingerprint}, the run in '
+            f'data in {data_folder(s.data_dir, s.dataset)} changed: fingerprint {data.fingerprint}, the run in '
             f"{s.out_dir} was trained on {saved['fingerprint']}; restore that data, or start "
             'another run with another --out_dir')
     if problems:
@@ -178,7 +174,7 @@ def rows_of(run):
         repeated = '; beyond about 4, repeated text teaches little (arXiv 2305.16264)'
     peak = f'{m.peak_flops / 1e12:.0f} TFLOP/s peak' if m.peak_flops else 'peak unknown, no MFU'
     in_float8 = '; training multiplies in float8 in MLP and head' if s.fp8 else ''
-    kernel = attention_backend(run.model.config, 1, m.device, m.dtype)
+    kernel = attention_backend(run.model.config, m.device, m.dtype)
     if kernel == 'math' and m.device.type == 'cuda':
         kernel = 'math: UNFUSED, slow and O(block_size^2) memory; try bfloat16, another head width'
     pruning = 'none'

@@ -181,13 +181,18 @@ def read_meta(folder):
     return meta
 
 
+def data_folder(data_dir, dataset):
+    """Where the shards of a data set lie; an empty data_dir is data/<dataset>."""
+    return data_dir or os.path.join('data', dataset)
+
+
 def open_data(data_dir, dataset):
-    """The data set in a folder (empty: data/<dataset>) as Data.
+    """The data set in its data_folder as Data.
 
     Refused where the folder holds nothing, another data set than `dataset`, or other tokens than
     were prepared.
     """
-    folder = data_dir or os.path.join('data', dataset)
+    folder = data_folder(data_dir, dataset)
     fix = (f'prepare it with: python prepare.py SOURCE --name={dataset} --data_dir={folder} '
            '(python prepare.py --help lists the sources)')
     if not os.path.isdir(folder):

@@ -321,14 +321,14 @@ def test_compiled_bfloat16_gradients_are_near_float64(told):
 @pytest.mark.parametrize('told', [{}, dict(n_kv_head=4), dict(positions='rotary'),
                                   dict(attention='mla'), dict(ra_learned=True, ra_window=-1)])
 def test_attention_is_fused_on_a_gpu(told):
-    name = attention_backend(GPTConfig(**told), 4, 'cuda', torch.bfloat16)
+    name = attention_backend(GPTConfig(**told), 'cuda', torch.bfloat16)
     assert name in ('flash', 'cudnn', 'efficient')
 
 
 @gpu
 def test_memory_of_attention_grows_with_the_text_not_its_square():
     """Bytes that one windowed call and its backward take; all logits alone would be 1.6 GB."""
-    assert attention_backend(GPTConfig(ra_learned=True), 4, 'cuda', torch.bfloat16) == 'flex'
+    assert attention_backend(GPTConfig(ra_learned=True), 'cuda', torch.bfloat16) == 'flex'
     reciprocal.block_masks(4096, 64, torch.device('cuda', torch.cuda.current_device()))
     shape = (4, 12, 4096, 64)
     inputs = [torch.randn(shape, device='cuda', dtype=torch.bfloat16, requires_grad=True)

@@ -166,7 +166,7 @@ def test_model_config_takes_the_fields_that_settings_have():
 
 def test_attention_backend_is_named():
     def named(**told):
-        return attention_backend(GPTConfig(**SMALL, **told), 2, 'cpu', torch.float32)
+        return attention_backend(GPTConfig(**SMALL, **told), 'cpu', torch.float32)
 
     assert named() == named(**MLA) == named(ra_alpha=1.0, ra_window=-1) == 'flash'
     assert named(ra_alpha=1.0, ra_window=47) == 'flash'  # the window cuts nothing
