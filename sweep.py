@@ -74,13 +74,11 @@ def start(name, base, settings, folder, gpus):
     command += ['train.py', base, *(f'--{key}={value}' for key, value in settings.items())]
     command += [f'--out_dir={folder}', '--init_from=auto']
     environment = dict(os.environ)
-    told = ''
     if None not in gpus:
-        told = f' on GPU {gpus}'
         environment['CUDA_VISIBLE_DEVICES'] = ','.join(map(str, gpus))
     with open(f'{folder}.log', 'a') as log:
         process = subprocess.Popen(command, cwd=HOME, env=environment, stdout=log, stderr=log)
-    print(f'{name}: started{told}; it says: {folder}.log', flush=True)
+    print(f'{name}: started, GPUs {gpus}; it says: {folder}.log', flush=True)
     return Job(name, process, gpus)
 
 
@@ -125,13 +123,12 @@ def keep_results(folder, place):
         write_json(os.path.join(place, name), content)
     records = read_metrics(os.path.join(folder, 'metrics.jsonl'))
     steps = [record['step'] for record in records if 'loss' in record]  # of training
-    room = METRICS_KEPT - (len(records) - len(steps))
-    every = max(1, math.ceil(len(steps) / max(1, room)))
+    room = max(1, METRICS_KEPT - (len(records) - len(steps)))
+    every = math.ceil(len(steps) / room) or 1
     left = set(steps[::-every])  # from the last backwards
     kept = [record for record in records if 'loss' not in record or record['step'] in left]
-    lines = [json.dumps(record) + '\n' for record in kept]
-    path = os.path.join(place, 'metrics.jsonl')
-    write_atomically(path, lambda f: f.write(''.join(lines).encode()))
+    text = ''.join(json.dumps(record) + '\n' for record in kept)
+    write_atomically(os.path.join(place, 'metrics.jsonl'), lambda f: f.write(text.encode()))
 
 
 def main(argv):

@@ -123,8 +123,9 @@ def checkpoint_to_resume(s, data):
         for key, value in fixed_on_resume(vars(s)).items() if value != then[key]
     ]
     if saved['fingerprint'] != data.fingerprint:
+        folder = data_folder(s.data_dir, s.dataset)
         problems.append(
-            f'data in {data_folder(s.data_dir, s.dataset)} changed: fingerprint {data.fingerprint}, the run in '
+            f'data in {folder} changed: fingerprint {data.fingerprint}, the run in '
             f"{s.out_dir} was trained on {saved['fingerprint']}; restore that data, or start "
             'another run with another --out_dir')
     if problems:
