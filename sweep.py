@@ -78,7 +78,8 @@ def start(name, base, settings, folder, gpus):
         environment['CUDA_VISIBLE_DEVICES'] = ','.join(map(str, gpus))
     with open(f'{folder}.log', 'a') as log:
         process = subprocess.Popen(command, cwd=HOME, env=environment, stdout=log, stderr=log)
-    print(f'{name}: started, GPUs {gpus}; it says: {folder}.log', flush=True)
+    where = '' if None in gpus else f' on GPU {gpus}'
+    print(f'{name}: started{where}; it says: {folder}.log', flush=True)
     return Job(name, process, gpus)
 
 
