@@ -14,7 +14,6 @@ the longest row and, of sums of products, the product of two norms (Cauchy-Schwa
 import math
 
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.loss import cross_entropy
@@ -56,12 +55,10 @@ def gate(h):
     return torch.sigmoid(GELU_LINEAR * h * (1 + GELU_CUBIC * h * h))
 
 
-# --- operations that the compiler leaves alone: kernels on a GPU, their plain twins on a CPU ------
+# --- operations: kernels on a GPU, which the compiler launches itself; plain twins on a CPU -------
 
 
-@torch.library.custom_op('nanoprune::fp8_product', mutates_args=())
-def product(a: Tensor, b: Tensor, inverse_a: Tensor, inverse_b: Tensor, dtype: torch.dtype,
-            fast: bool) -> Tensor:
+def product(a, b, inverse_a, inverse_b, dtype, fast):
     """a (m, k), b (n, k) in float8 -> a b^T (m, n) in `dtype`.
 
     fast: summed in about 14 bits, too few for sums over tokens.
@@ -72,13 +69,7 @@ def product(a: Tensor, b: Tensor, inverse_a: Tensor, inverse_b: Tensor, dtype: t
                             use_fast_accum=fast)
 
 
-@product.register_fake
-def _(a, b, inverse_a, inverse_b, dtype, fast):
-    return a.new_empty(a.size(0), b.size(0), dtype=dtype)
-
-
-@torch.library.custom_op('nanoprune::fp8_cast_both', mutates_args=())
-def cast_both(x: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
+def cast_both(x, inverse):
     """x (rows, columns) -> x / inverse in e4m3, and the same transposed."""
     if not x.is_cuda:
         return both_plain(cast(x, inverse))
@@ -87,14 +78,7 @@ def cast_both(x: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
     return out, out_t
 
 
-@cast_both.register_fake
-def _(x, inverse):
-    return both_empty(x.shape, x.device)
-
-
-@torch.library.custom_op('nanoprune::fp8_gelu_backward', mutates_args=())
-def gelu_backward(h: Tensor, da: Tensor, inverse_dh: Tensor,
-                  inverse_a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def gelu_backward(h, da, inverse_dh, inverse_a):
     """Of a = gelu(h): h, da (N, 4C) -> dh (N, 4C), dh_t (4C, N), a_t (4C, N) in e4m3."""
     if not h.is_cuda:
         h = h.float()
@@ -107,12 +91,6 @@ def gelu_backward(h: Tensor, da: Tensor, inverse_dh: Tensor,
     launch(gelu_kernel, h.shape, h.contiguous(), da.contiguous(), inverse_dh, inverse_a,
            dh, dh_t, a_t)
     return dh, dh_t, a_t
-
-
-@gelu_backward.register_fake
-def _(h, da, inverse_dh, inverse_a):
-    dh, dh_t = both_empty(h.shape, h.device)
-    return dh, dh_t, torch.empty_like(dh_t)
 
 
 def logit_gradient(logits, targets, losses, scored, vocab_size):
