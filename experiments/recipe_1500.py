@@ -1,0 +1,21 @@
+"""Which schedule, ramp and rate suit 75% and 90%: 1,500 steps, one seed, one change at a time.
+
+`decay` is the end of the learning rate: to a tenth by cosine, or to zero in a straight line.
+"""
+base = 'config/vanilla_baseline.py'
+common = dict(
+    dataset='standin', seed=1337, max_iters=1500, warmup_iters=150, learning_rate=2.4e-3,
+    eval_interval=250, eval_tokens=1_048_576, log_interval=20, save_interval=1500)
+_tenth = dict(min_lr=2.4e-4)
+_zero = dict(min_lr=0, lr_schedule='linear')
+_late = dict(prune_score='magnitude', prune_start=750, prune_end=1470, prune_interval=10,
+             prune_lr_power=1)  # as config/best_50.py: 50% to 98% of the run
+_early = {**_late, 'prune_start': 375, 'prune_end': 1125}  # 25% to 75%
+runs = {
+    'dense_tenth': _tenth,
+    'dense_zero': _zero,
+    '90_zero_late': dict(target_sparsity=0.9, **_zero, **_late),
+    '90_zero_early': dict(target_sparsity=0.9, **_zero, **_early),
+    '75_zero_late': dict(target_sparsity=0.75, **_zero, **_late),
+    '75_zero_early': dict(target_sparsity=0.75, **_zero, **_early),
+}
