@@ -26,7 +26,7 @@ from model import GPT, model_config
 from support.files import write_json
 from support.machine import peak_memory
 from support.rundir import read_metrics, size
-from support.settings import Refused, help_text, parse, run_command
+from support.settings import Path, Refused, arguments, help_text, parse, run_command
 from support.shards import window_order
 
 
@@ -35,7 +35,7 @@ class Bench:
     steps: int = 0  # updates of each run, its schedules scaled in proportion; 0: all max_iters
     plain: bool = True  # run the plain step too; it needs the memory that nanoGPT needs
     profile: bool = False  # then profile three steps of train.py: a table and a Chrome trace file
-    json: str = ''  # file for the results; empty: none
+    json: Path = ''  # file for the results; empty: none
 
 
 def understood(argv):
@@ -162,6 +162,7 @@ def profile_ours(told, trace, steps=3):
 
 def main(argv):
     """Both trainings, their table and what else is asked for. Returns the exit code."""
+    argv = arguments(Bench, argv)
     if '--help' in argv:
         print(help_text(Bench, __doc__))
         print(help_text(train.Settings, '\nsettings of train.py'))

@@ -2,11 +2,12 @@
 
     python export.py out/best_50 out/best_50_hf --dtype=bfloat16
 
-writes a folder that transformers' GPT2LMHeadModel.from_pretrained loads, if the logits it computes
-from that are those of the run. The other way, fine-tuning or pruning a GPT-2, folder or hub name:
+writes a folder that transformers' GPT2LMHeadModel and AutoTokenizer load with from_pretrained, if
+the logits it computes from that are those of the run. The other way, fine-tuning or pruning a GPT-2, folder or hub name:
 
     python train.py config/best_50.py --init_from=hf:gpt2 --bias=True --out_dir=out/pretrained_50
 """
+import json
 import os
 from dataclasses import dataclass
 from typing import Literal
@@ -16,8 +17,8 @@ from torch.nn import functional as F
 
 from model import GPTConfig, load_model, model_config
 from support.files import read_json, write_folder, write_json
-from support.settings import Refused, help_text, parse, run_command
-from support.shards import get_tokenizer
+from support.settings import Refused, arguments, help_text, parse, run_command
+from support.shards import EOT_TEXT, get_tokenizer
 
 
 @dataclass
@@ -248,15 +249,34 @@ def write_model(folder, config, weights, dtype):
         f.write(save(tensors, {'format': 'pt'}))
 
 
-def write_tokenizer(folder, block_size):
-    """vocab.json, merges.txt and tokenizer_config.json of GPT-2: OpenAI's files, which tiktoken
-    caches, under the names that transformers gives them. Refused if they cannot be had."""
-    get_tokenizer('gpt2')
+def byte_vocabulary():
+    """{stand-in: byte} as in GPT-2's files, which hold printable characters alone: a byte that is
+    none goes by the next character from number 256 on. And the end of a text."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    vocabulary = {chr(byte): byte for byte in printable}
+    vocabulary.update({chr(256 + n): byte for n, byte in enumerate(others)})
+    return {**vocabulary, EOT_TEXT: 256}
+
+
+def tokenizer_files(name):
+    """{name that transformers gives it: content}. GPT-2's are OpenAI's, which tiktoken caches;
+    bytes are a GPT-2 that merges nothing. Refused if they cannot be had."""
+    get_tokenizer(name)
+    if name == 'bytes':
+        vocabulary = json.dumps(byte_vocabulary()).encode()
+        return {'vocab.json': vocabulary, 'merges.txt': b'#version: 0.2\n'}
     from tiktoken.load import read_file_cached
     source = 'https://openaipublic.blob.core.windows.net/gpt-2/encodings/main'
-    for theirs, name in (('encoder.json', 'vocab.json'), ('vocab.bpe', 'merges.txt')):
-        with open(os.path.join(folder, name), 'wb') as f:
-            f.write(read_file_cached(f'{source}/{theirs}'))
+    names = {'vocab.json': 'encoder.json', 'merges.txt': 'vocab.bpe'}
+    return {ours: read_file_cached(f'{source}/{theirs}') for ours, theirs in names.items()}
+
+
+def write_tokenizer(folder, name, block_size):
+    """What AutoTokenizer reads."""
+    for file, content in tokenizer_files(name).items():
+        with open(os.path.join(folder, file), 'wb') as f:
+            f.write(content)
     write_json(os.path.join(folder, 'tokenizer_config.json'), dict(
         tokenizer_class='GPT2Tokenizer', model_max_length=block_size,
         clean_up_tokenization_spaces=False))
@@ -280,11 +300,8 @@ def export(model, tokenizer_name, out_dir, dtype):
     def write(folder):
         write_model(folder, config, weights, dtype)
         compare_logits(folder, model, prompts_of(config, tokenizer_name))
-        if tokenizer_name == 'bytes':
-            print('no tokenizer files: a token is a byte, 256 ends a document')
-            return
         try:
-            write_tokenizer(folder, config.block_size)
+            write_tokenizer(folder, tokenizer_name, config.block_size)
         except Refused as refused:
             print(f'no tokenizer files: {refused}')
 
@@ -300,6 +317,7 @@ def export(model, tokenizer_name, out_dir, dtype):
 
 def main(argv):
     """Export a run; returns the exit code."""
+    argv = arguments(ExportSettings, argv)
     folders = [argument for argument in argv if not argument.startswith('--')]
     options = [argument for argument in argv if argument.startswith('--')]
     if '--help' in argv or len(folders) != 2:

@@ -7,8 +7,6 @@ at any time; the same command continues.
 The sources of text are in support/sources.py; the format of the shards, their reader and the
 tokenizers are in support/shards.py.
 """
-import contextlib
-import fcntl
 import hashlib
 import itertools
 import os
@@ -24,8 +22,8 @@ import numpy as np
 from tqdm import tqdm
 
 from support import shards
-from support.files import write_json
-from support.settings import Refused, help_text, parse, run_command
+from support.files import locked, write_json
+from support.settings import Path, Refused, arguments, help_text, parse, run_command
 from support.sources import SOURCES
 
 SAVE_TOKENS = 1 << 24  # at most this much work, 32 MB, is lost to a kill
@@ -43,7 +41,7 @@ class PrepareSettings:
     val_fraction: float = 0.005  # of the documents, chosen by hash of the text, for validation;
     # of fewer documents than 2 / val_fraction in input, the end of each
     # --- where and how ----------------------------------------------------------------------------
-    data_dir: str = ''  # folder of the shards; empty: data/<name>
+    data_dir: Path = ''  # folder of the shards; empty: data/<name>
     shard_tokens: int = 100_000_000  # tokens a shard, 2 bytes each (llm.c's size)
 
 
@@ -190,25 +188,12 @@ def find_meta(folder, source, settings):
     return meta
 
 
-@contextlib.contextmanager
-def locked(folder):
-    """Keep a second process from writing to the folder. The lock ends with the process."""
-    lock = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise Refused(f'{folder}: another process is preparing data there; wait for it, or give '
-                      'another --data_dir') from None
-    finally:
-        os.close(lock)
-
-
 def prepare(source, settings):
     """Make what is missing of the data set that the source and the settings describe."""
     folder = settings.data_dir
-    os.makedirs(folder, exist_ok=True)
-    with locked(folder):
+    busy = (f'{folder}: another process is preparing data there; wait for it, or give another '
+            '--data_dir')
+    with locked(folder, busy):
         meta = find_meta(folder, source, settings)
         if 'fingerprint' in meta:
             return
@@ -233,8 +218,9 @@ def usage():
 
 def main(argv):
     """Exit code: 0 done, 130 interrupted."""
+    argv = arguments(PrepareSettings, argv)
     source = argv[0] if argv else ''
-    if {'-h', '--help'} & set(argv):
+    if '--help' in argv:
         print(help_text(PrepareSettings, usage()))
         return 0
     if source not in SOURCES:

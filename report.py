@@ -1,31 +1,39 @@
-"""Runs side by side: a table, what makes them unfair to compare, and a picture.
+"""Runs side by side: tables, what makes them unfair to compare, and pictures.
 
     python report.py out/quickstart
-    python report.py out/a out/b --plot=out/compared.png
+    python report.py results/table_3000/* --baseline=dense --sparsity_plot=docs/table_3000.png
+    python report.py docs/RESULTS.md
 
+Runs whose names differ only by their seed (dense_1337, dense_1338) are an arm; the second table has
+a line an arm. A Markdown file's tables and pictures are made anew from the runs in results/NAME, as
+the marks in it say: <!-- results: NAME --baseline=ARM --plot=FILE --> ... <!-- end -->.
 A run that is still going, or was killed, is shown with what it has measured so far.
 """
+import glob
 import math
 import os
+import re
 from dataclasses import dataclass
 
 import numpy as np
 
-from support.files import read_json
+from support.files import read_json, write_atomically
 from support.rundir import read_metrics
-from support.settings import Refused, help_text, parse, run_command
+from support.settings import Path, Refused, arguments, help_text, parse, read_config, run_command
 
 
 @dataclass
 class ReportSettings:
+    baseline: str = ''  # arm that the others are compared with; empty: that of the first run
     plot: str = ''  # picture to write; empty: loss.png in the run directory, report.png for several
+    sparsity_plot: str = ''  # another: perplexity against sparsity, loss of baseline and best 50%
 
 
 @dataclass
 class Run:
     name: str
     config: dict  # of config.json
-    summary: dict  # of summary.json, or what is known so far
+    summary: dict  # of summary.json, or what is known so far; and what is derived from metrics
     metrics: list  # the records of metrics.jsonl
 
 
@@ -42,63 +50,178 @@ def load_run(folder, name):
             summary.update(record)
             if 'tokens' in record:
                 summary['steps'] = record['step']
-    return Run(name, config, summary, metrics)
+    return Run(name, config, {**summary, **derived(config, summary, metrics)}, metrics)
+
+
+def load_runs(folders, baseline):
+    """{arm: its Runs}, the baseline first: runs whose names differ only by a trailing _SEED."""
+    names = [os.path.basename(os.path.abspath(folder)) for folder in folders]
+    if len(set(names)) < len(names):
+        names = folders
+    arms = {}
+    for run in map(load_run, folders, names):
+        seed = run.config['settings'].get('seed')
+        arms.setdefault(run.name.removesuffix(f'_{seed}'), []).append(run)
+    baseline = baseline or next(iter(arms))
+    if baseline not in arms:
+        raise Refused(f"baseline='{baseline}' is no arm of these runs; choose {', '.join(arms)}")
+    return {baseline: arms.pop(baseline), **arms}
+
+
+# --- numbers --------------------------------------------------------------------------------------
+
+LAST = 10  # logged losses whose mean is the training loss; one of them is that of a single step
+
+
+def known(records, key):
+    """The finite values that dicts have under `key`."""
+    values = [record.get(key) for record in records]
+    return [value for value in values if value is not None and math.isfinite(value)]
+
+
+def derived(config, summary, metrics):
+    """{name: number} of what the files of a run say together, without what they lack."""
+    told = {}
+    if losses := known(metrics, 'loss'):
+        told['train_loss'] = np.mean(losses[-LAST:])
+    if rates := known(metrics, 'tokens_per_second'):
+        told['tokens_per_second'] = np.median(rates)
+    if 'parameters' in summary:
+        told['nonzero'] = summary['parameters'] * (1 - summary['sparsity_all'])
+    if 'train_tokens' in config.get('data', {}):
+        told['epochs'] = summary['tokens'] / config['data']['train_tokens']
+    shares = {record['step']: record['sparsity'] for record in metrics if 'sparsity' in record}
+    if len(shares) > 1:
+        steps = list(shares)
+        removed = np.trapezoid(list(shares.values()), steps) / (steps[-1] - steps[0])
+        told['density'] = 1 - removed
+    return told
+
+
+def estimate(values):
+    """(mean, its standard error, NaN of a single value); None of no values."""
+    if not values:
+        return None
+    error = np.std(values, ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return np.mean(values), error
+
+
+def arm_summary(runs, baseline):
+    """What ARM_COLUMNS show of an arm. Differences are those of runs of equal seed."""
+    told = {'seeds': len(runs)}
+    for _, key, _ in ARM_COLUMNS:
+        if values := known([run.summary for run in runs], key):
+            told[key] = max(values) if key.startswith('peak') else np.mean(values)
+    losses, theirs = by_seed(runs), by_seed(baseline)
+    if losses:
+        told['val_loss'] = estimate(list(losses.values()))
+        told['perplexity'] = np.exp(told['val_loss'][0])
+    pairs = [loss - theirs[seed] for seed, loss in losses.items() if seed in theirs]
+    if pairs and runs is not baseline:
+        mean, error = told['difference'] = estimate(pairs)
+        told['ratio'] = np.expm1(mean), np.exp(mean) * error  # the error to first order
+    return told
+
+
+def by_seed(runs):
+    """{seed: validation loss} of the runs that have one."""
+    measured = [run for run in runs if known([run.summary], 'val_loss')]
+    return {run.config['settings'].get('seed'): run.summary['val_loss'] for run in measured}
 
 
 # --- text -----------------------------------------------------------------------------------------
 
-COLUMNS = (  # heading, key of summary.json, how to write it
+
+def with_error(form):
+    """A function that writes (mean, error), and the mean alone where the error is not known."""
+    return lambda pair: form.format(*pair).removesuffix(' ± nan').removesuffix(' ± nan%')
+
+
+COLUMNS = (  # heading, key of Run.summary, how to write it
     ('steps', 'steps', '{:,}'.format),
-    ('tokens', 'tokens', '{:,}'.format),
     ('val loss', 'val_loss', '{:.4f}'.format),
     ('perplexity', 'val_ppl', '{:.2f}'.format),
     ('best loss', 'best_val_loss', '{:.4f}'.format),
-    ('sparsity', 'sparsity', '{:.1%}'.format),
     ('of all', 'sparsity_all', '{:.1%}'.format),
-    ('tok/s', 'tokens_per_second', '{:,.0f}'.format),
     ('MFU', 'mfu', '{:.1%}'.format),
-    ('peak GiB', 'peak_memory_bytes', lambda n: f'{n / 2**30:.2f}'),
     ('graphs', 'compiled_graphs', str),
     ('breaks', 'graph_breaks', str),
     ('rung', 'rung', str),
     ('ended', 'exit_reason', str),
 )
+ARM_COLUMNS = (  # heading, key of arm_summary, how to write it
+    ('seeds', 'seeds', str),
+    ('sparsity', 'sparsity', '{:.1%}'.format),
+    ('val loss', 'val_loss', with_error('{:.4f} ± {:.4f}')),
+    ('perplexity', 'perplexity', '{:.2f}'.format),
+    ('minus baseline', 'difference', with_error('{:+.4f} ± {:.4f}')),
+    ('in perplexity', 'ratio', with_error('{:+.1%} ± {:.1%}')),
+    (f'train loss, last {LAST} logged', 'train_loss', '{:.4f}'.format),
+    ('non-zero', 'nonzero', lambda n: f'{n / 1e6:.1f}M'),
+    ('mean density', 'density', '{:.1%}'.format),
+    ('tokens', 'tokens', lambda n: f'{n / 1e6:,.1f}M'),
+    ('epochs', 'epochs', '{:.2f}'.format),
+    ('tok/s, median', 'tokens_per_second', '{:,.0f}'.format),
+    ('GiB allocated', 'peak_memory_bytes', lambda n: f'{n / 2**30:.2f}'),
+    ('reserved', 'peak_reserved_bytes', lambda n: f'{n / 2**30:.2f}'),
+)
 
 
-def table(runs):
-    """The summaries as aligned text, a line a run."""
-    rows = [['run'] + [heading for heading, _, _ in COLUMNS]]
-    for run in runs:
-        values = [(run.summary.get(key), write) for _, key, write in COLUMNS]
-        rows.append([run.name] + ['-' if v is None else write(v) for v, write in values])
+def table(first, columns, summaries):
+    """Aligned Markdown, a line for each of {name: {key: value}}; '-' where there is no value."""
+    rows = [[first] + [heading for heading, _, _ in columns]]
+    for name, summary in summaries.items():
+        values = [(summary.get(key), write) for _, key, write in columns]
+        rows.append([name] + ['-' if v is None else write(v) for v, write in values])
     widths = [max(map(len, column)) for column in zip(*rows)]
-    return '\n'.join('  '.join(map(str.rjust, row, widths)) for row in rows)
+    rows.insert(1, [':'.rjust(width, '-') for width in widths])
+    return '\n'.join(f"| {' | '.join(map(str.rjust, row, widths))} |" for row in rows)
+
+
+def comparison(arms, varied):
+    """The table by arm, and what makes it unfair, as Markdown."""
+    baseline = next(iter(arms.values()))
+    summaries = {name: arm_summary(runs, baseline) for name, runs in arms.items()}
+    lines = [f'- careful: {line}' for line in unfair(sum(arms.values(), []), varied)]
+    return '\n'.join([table('arm', ARM_COLUMNS, summaries), '', *lines]).rstrip()
 
 
 FACTS = ('dataset', 'fingerprint', 'tokens', 'effective_batch', 'parameters', 'dtype', 'commit',
-         'seed', 'eval_tokens', 'block_size', 'prune_scope')  # told before all other settings
-UNIMPORTANT = ('out_dir', 'init_from', 'data_dir', 'device', 'tracker', 'log_interval',
-               'save_interval')
+         'torch', 'device', 'processes', 'eval_tokens', 'block_size', 'prune_scope')  # told first
+UNIMPORTANT = ('out_dir', 'data_dir', 'seed')
 
 
 def facts(run):
     """{name: value} of what should be the same in runs that are compared."""
     settings = run.config['settings']
     told = {**settings, **run.config, **run.summary}
+    if told.get('init_from') in ('auto', 'resume'):
+        told['init_from'] = 'scratch'
     idle = set(UNIMPORTANT)
     if settings.get('prune_score') == 'none':
         idle |= {name for name in settings if name.startswith('prune_')} - {'prune_score'}
+        idle.add('target_sparsity')
     return {name: told.get(name) for name in (*FACTS, *settings) if name not in idle}
 
 
-def unfair(runs):
-    """Lines that say why these runs must not be compared just so."""
+def declared(folder):
+    """The settings that experiments/NAME.py says are `varied`, for a run in .../NAME/RUN."""
+    experiment = os.path.basename(os.path.dirname(os.path.abspath(folder)))
+    path = os.path.join('experiments', f'{experiment}.py')
+    try:
+        return read_config(path).get('varied', []) if os.path.exists(path) else []
+    except ValueError as error:
+        raise Refused(str(error)) from None
+
+
+def unfair(runs, varied=()):
+    """Lines that say why these runs must not be compared just so, but for what is varied."""
     views = [facts(run) for run in runs]
     lines = []
     names = {}  # a set that keeps its order
     for view in views:
         names.update(view)
-    for name in names:
+    for name in names.keys() - set(varied):
         groups = {}
         for run, view in zip(runs, views):
             groups.setdefault(view.get(name), []).append(run.name)
@@ -247,6 +370,7 @@ def draw_maps(figure, pruned):
 
 def main(argv):
     """Print the table and write the picture; returns the exit code."""
+    argv = arguments(ReportSettings, argv)
     folders = [argument for argument in argv if not argument.startswith('--')]
     options = [argument for argument in argv if argument.startswith('--')]
     if '--help' in argv or not folders:

@@ -20,7 +20,7 @@ from model import load_model
 from support.decoding import CachedReader, WholeReader
 from support.machine import find_machine
 from support.rundir import size
-from support.settings import Refused, help_text, parse, run_command
+from support.settings import Path, Refused, arguments, help_text, parse, run_command
 from support.shards import get_tokenizer
 
 
@@ -28,14 +28,14 @@ from support.shards import get_tokenizer
 class SampleSettings:
     # --- text -------------------------------------------------------------------------------------
     prompt: str = ''  # text to continue; empty: a new document
-    prompts_file: str = ''  # file with a prompt a line, all continued at once, instead of prompt
+    prompts_file: Path = ''  # file with a prompt a line, all continued at once, instead of prompt
     num_samples: int = 1  # texts a prompt
     max_new_tokens: int = 200  # tokens a text, fewer if it ends by itself
     temperature: float = 0.8  # the logits are divided by it; 0: always the likeliest token
     top_k: int = 200  # only the likeliest k tokens can be drawn; 0: all
     top_p: float = 1.0  # only the likeliest of this probability (arXiv 1904.09751); 1: all
     seed: int = 1337  # a text depends on it, its prompt and its number among the prompt's samples
-    score: str = ''  # file whose loss and perplexity are measured, in windows; no text is made
+    score: Path = ''  # file whose loss and perplexity are measured, in windows; no text is made
     # --- where ------------------------------------------------------------------------------------
     checkpoint: Literal['best', 'last'] = 'best'  # best validation loss, or the latest weights
     device: str = 'auto'  # auto, cpu, cuda or cuda:N
@@ -182,6 +182,7 @@ def print_continued(model, tokenizer, s):
 
 def main(argv):
     """Print texts or a score; returns the exit code."""
+    argv = arguments(SampleSettings, argv)
     if '--help' in argv or not argv:
         print(help_text(SampleSettings, __doc__))
         return 0 if argv else 2

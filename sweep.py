@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import report
 from support.files import read_json, write_atomically, write_json
 from support.rundir import read_metrics
-from support.settings import Refused, help_text, parse, read_config, run_command
+from support.settings import Path, Refused, arguments, help_text, parse, read_config, run_command
 
 HOME = os.path.dirname(os.path.abspath(__file__))
 METRICS_KEPT = 200  # lines of a run's metrics in results/
@@ -30,7 +30,7 @@ class SweepSettings:
     gpus: int = 0  # GPUs; each holds one run at a time; 0: one run at a time, as its settings say
     gpus_a_run: int = 1  # more than 1: each run by torchrun over so many
     time_limit: int = 0  # seconds after which all runs save and stop, to be continued; 0: none
-    out_dir: str = 'out'  # runs go to OUT_DIR/NAME/RUN
+    out_dir: Path = 'out'  # runs go to OUT_DIR/NAME/RUN
 
 
 @dataclass
@@ -134,6 +134,7 @@ def keep_results(folder, place):
 
 def main(argv):
     """Run an experiment; exit code 0 once all its runs are finished, 1 while some are not."""
+    argv = arguments(SweepSettings, argv)
     if '--help' in argv or not argv:
         print(help_text(SweepSettings, __doc__))
         return 0 if argv else 2

@@ -31,14 +31,14 @@ from support.machine import find_machine, peak_memory
 from support.memory import rung_label, set_up_model, settings_on_rung, within_memory
 from support.preflight import effective_batch
 from support.rundir import FORMAT, TRACKERS, RunLog, clock, pack_weights, save_checkpoint
-from support.settings import Refused, help_text, parse
+from support.settings import Path, Refused, arguments, help_text, parse
 from support.shards import window_order
 
 
 @dataclass
 class Settings:
     # --- run ----------------------------------------------------------------------------
-    out_dir: str = 'out/run'  # run directory: config, log, metrics, checkpoints, summary
+    out_dir: Path = 'out/run'  # run directory: config, log, metrics, checkpoints, summary
     init_from: Literal['scratch', 'resume', 'auto', 'hf:PATH'] = 'scratch'  # where it begins
     # auto: resume if there is a run, else scratch; hf: a GPT-2, in a folder or by its hub name
     seed: int = 1337  # decides weights, data order and dropout (nanoGPT's value)
@@ -51,7 +51,7 @@ class Settings:
     tracker: Literal[*TRACKERS] = 'none'  # besides metrics.jsonl; its failure never stops a run
     # --- data ---------------------------------------------------------------------------
     dataset: str = 'fineweb_edu'  # name in the data's meta.json; 'unlabelled' if there is none
-    data_dir: str = ''  # folder of the token shards; empty: data/<dataset>
+    data_dir: Path = ''  # folder of the token shards; empty: data/<dataset>
     batch_size: int = 32  # sequences a micro-batch
     gradient_accumulation_steps: int = 4  # micro-batches an update, all ranks together
     block_size: int = 1024  # tokens a sequence (GPT-2)
@@ -578,7 +578,7 @@ def build(s, machine, data, saved):
 
 def main(argv):
     """Train as told by the command line; returns the exit code."""
-    if '--help' in argv:
+    if '--help' in arguments(Settings, argv):
         print(help_text(Settings, __doc__))
         return 0
     try:

@@ -3,14 +3,20 @@
 Whatever is unknown or of the wrong type becomes one line that names culprit, value and fix. All
 problems are collected before anything is said. No value is ever clamped, ignored or replaced.
 """
+import contextlib
 import dataclasses
 import difflib
 import inspect
+import io
 import math
+import os
 import re
 import sys
 import textwrap
-from typing import get_args
+import traceback
+from typing import NewType, get_args
+
+Path = NewType('Path', str)  # type of a setting that names a file or folder; ~ is the home
 
 
 class Refused(Exception):
@@ -22,17 +28,79 @@ class Refused(Exception):
 
     def report(self):
         """Print the problems; returns the exit code for them."""
-        lines = [f'  - {problem}' for problem in self.problems]
-        print('\n'.join(['refused:', *lines]), file=sys.stderr)
+        tell('\n'.join(['refused:', *(f'  - {problem}' for problem in self.problems)]))
         return 2
 
 
+# --- the boundary of every command ----------------------------------------------------------------
+
+MEMORY = 'out of memory|not enough memory|DefaultCPUAllocator'
+WORLD = (  # type of an error, what its text holds: the way out of what the world did
+    (MemoryError, '', 'free some memory, or ask for less of it'),
+    (RuntimeError, MEMORY, 'free some memory, or ask for less of it'),
+    (Exception, r'C(\+\+)? compiler|InvalidCxx|CppCompile', 'install a C++ compiler, or use '
+                                                           '--compile=False'),
+    (RuntimeError, r'gloo|NCCL|Dist\w*Error', 'the output of the other processes says why'),
+    (RecursionError, '', 'a file is nested too deeply'),
+    (OverflowError, '', 'a setting is too large'),
+    (UnicodeError, '', 'a file or an argument is not UTF-8, or the terminal cannot show it'),
+    (OSError, '', 'correct that and give the same command again'),
+)
+
+
+def out_of_memory(error):
+    """Whether that is what an exception says, of a CPU or a GPU, bare or from the compiler."""
+    return isinstance(error, MemoryError) or bool(re.search(MEMORY, str(error), re.IGNORECASE))
+
+
+def tell(text):
+    """Say on stderr, if it still exists, why the command ends, and of which rank that is."""
+    rank = os.environ.get('RANK') or '0'
+    with contextlib.suppress(OSError):
+        print(text if rank == '0' else f'rank {rank}: {text}', file=sys.stderr)
+
+
+def drop_output():
+    """What nobody reads any more, in a pipe or terminal that was closed, vanishes."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def exit_code(error):
+    """Say in one line what ended the command, but nothing if that is its reader; raises `error`
+    again if it can only be a mistake in the code."""
+    if os.environ.get('NANOPRUNE_TRACEBACK'):
+        traceback.print_exception(error)
+    if isinstance(error, Refused):
+        return error.report()
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    if isinstance(error, BrokenPipeError):
+        return 141
+    reason = ' '.join(f'{type(error).__name__}: {error}'.split())
+    if isinstance(error, OSError) and error.strerror:
+        file = error.filename2 or error.filename
+        reason = f'{file}: {error.strerror}' if file else error.strerror
+    for kind, text, way_out in WORLD:
+        if isinstance(error, kind) and re.search(text, reason, re.IGNORECASE):
+            tell(f'failed: {reason[:400]}; {way_out}')
+            return 1
+    raise error
+
+
 def run_command(main):
-    """Exit with the code that main(arguments) returns, or with 2 after saying what was refused."""
+    """Exit with the code that main(arguments) returns, or with that of what ended it."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors='backslashreplace')  # cp1252 and POSIX lack most characters
     try:
         code = main(sys.argv[1:])
-    except Refused as refused:
-        code = refused.report()
+    except (Exception, KeyboardInterrupt) as error:
+        code = exit_code(error)
+    try:
+        print(end='', flush=True)
+    except OSError as error:
+        drop_output()
+        code = code or exit_code(error)
     sys.exit(code)
 
 
@@ -44,7 +112,8 @@ def did_you_mean(word, choices):
 
 # --- one value ------------------------------------------------------------------------------------
 
-WANTED = {str: 'a str', bool: 'a bool: write True or False', int: 'an int', float: 'a finite float'}
+WANTED = {str: 'a str', Path: 'a str', bool: 'a bool: write True or False', int: 'an int',
+          float: 'a finite float'}
 
 
 def convert(key, value, kind):
@@ -52,8 +121,12 @@ def convert(key, value, kind):
     if choices := get_args(kind):
         return to_choice(key, value, choices)
     found = value
+    if kind is Path and isinstance(value, str):
+        return os.path.expanduser(value)
     if kind is bool and isinstance(value, str):
         found = {'true': True, 'false': False}.get(value.lower())
+    elif kind is int and isinstance(value, str) and re.fullmatch(r'\d+(\.\d+)?e\d{1,2}', value):
+        found = int(float(value)) if float(value).is_integer() else None  # 1e3
     elif isinstance(value, str) or (kind is float and not isinstance(value, bool)):
         try:  # an int will do for a float
             found = kind(value)
@@ -96,6 +169,29 @@ def read_config(path):
     }
 
 
+def arguments(cls, argv):
+    """argv in one form: --key value, a bare --flag and --no-flag as --key=value, -h as --help."""
+    kinds = {f.name: f.type for f in dataclasses.fields(cls)}
+    found = []
+    waiting = list(argv)
+    while waiting:
+        word = waiting.pop(0)
+        key = word.removeprefix('--')
+        next_word = waiting[0] if waiting else '--'
+        if word == '-h':
+            word = '--help'
+        elif word == key:
+            pass  # a file, or something to be refused
+        elif kinds.get(key.removeprefix('no-')) is bool:
+            is_value = key in kinds and next_word.lower() in ('true', 'false')
+            value = waiting.pop(0) if is_value else key in kinds
+            word = f'--{key.removeprefix("no-")}={value}'
+        elif key in kinds and not next_word.startswith('--'):
+            word = f'{word}={waiting.pop(0)}'
+        found.append(word)
+    return found
+
+
 def parse(cls, argv, config_files=True):
     """(instance of the dataclass `cls`, problems, names typed on the command line).
 
@@ -117,9 +213,11 @@ def parse(cls, argv, config_files=True):
         except ValueError as error:
             problems.append(f'{where}: {error}')
 
-    for argument in argv:
+    for argument in arguments(cls, argv):
+        if config_files and os.path.isfile(f'{argument}.py'):
+            argument += '.py'
         key, equals, value = argument.partition('=')
-        if key.startswith('--') and equals:
+        if key.startswith('--') and (equals or key[2:] not in kinds):
             assign('command line', key[2:], value)
             typed.add(key[2:])
         elif config_files and argument.endswith('.py'):

@@ -146,14 +146,14 @@ def test_all_mistakes_are_listed_at_once(tiny, tmp_path, monkeypatch):
     (tmp_path / 'file').write_text('')
     wrong = tiny(n_head=5, device='cuda', data_dir=tmp_path / 'none', out_dir=tmp_path / 'file',
                  grad_clip=-1.0, attention='mla', n_kv_head=5)
-    argv = [f'{tmp_path}/c.py', f'{tmp_path}/missing.py', *wrong, '--sede=3', '--bias']
+    argv = [f'{tmp_path}/c.py', f'{tmp_path}/missing.py', *wrong, '--sede=3', 'fast']
     problems = refusal(train.main, argv)
     beginnings = [
         f"{tmp_path}/c.py: unknown setting 'btach_size'",
         f"{tmp_path}/c.py: dropout='much'",
         f"config file '{tmp_path}/missing.py'",
         "command line: unknown setting 'sede'",
-        "command line: '--bias' is not of the form",
+        "command line: 'fast' is not of the form",
         'grad_clip=-1.0: ',
         'n_embd=32 n_head=5: ',
         "n_kv_head=5 attention='mla': ",
