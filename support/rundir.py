@@ -21,14 +21,17 @@ from support.settings import Refused
 # --- checkpoints ----------------------------------------------------------------------------------
 
 
-def save_checkpoint(path, content):
-    """Write a dict of tensors, containers and primitives; Refused if the disk has no room."""
+def save_checkpoint(path, content, keep=None):
+    """Write a dict of tensors, containers and primitives; Refused if the disk has no room.
+
+    keep: name beside `path` under which the checkpoint that it replaces stays.
+    """
+    stays = '; the previous checkpoint stays' if os.path.exists(path) else ''
     try:
-        write_atomically(path, lambda f: torch.save(content, f))
+        write_atomically(path, lambda f: torch.save(content, f), keep)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
         reason = str(error).splitlines()[0]
-        raise Refused(f'{path} could not be written ({reason}); the previous checkpoint, if there '
-                      'is one, stays') from None
+        raise Refused(f'{path} could not be written ({reason}){stays}') from None
 
 
 def load_checkpoint(path):

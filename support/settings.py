@@ -76,7 +76,7 @@ def exit_code(error):
         return 130
     if isinstance(error, BrokenPipeError):
         return 141
-    reason = ' '.join(f'{type(error).__name__}: {error}'.split())
+    reason = ' '.join(f'{type(error).__name__}: {error}'.split()).removesuffix(':')
     if isinstance(error, OSError) and error.strerror:
         file = error.filename2 or error.filename
         reason = f'{file}: {error.strerror}' if file else error.strerror

@@ -1,12 +1,23 @@
 """support/files.py: files are whole or absent."""
+import errno
 import json
 import math
 import os
+import subprocess
+import sys
 
 import pytest
-from conftest import refusal
+from conftest import HOME, refusal
 
-from support.files import finite_or_none, read_json, write_atomically, write_folder, write_json
+from support import files
+from support.files import (
+    finite_or_none,
+    locked,
+    read_json,
+    write_atomically,
+    write_folder,
+    write_json,
+)
 
 
 def broken(f):
@@ -38,19 +49,110 @@ def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     assert path.read_bytes() == b'old'
 
 
-def test_what_a_killed_process_left_is_overwritten(tmp_path):
-    (tmp_path / 'file.tmp').write_bytes(b'much longer than what follows')
+def dead_process():
+    """The number of a process that has ended."""
+    child = subprocess.Popen(['true'])
+    child.wait()
+    return child.pid
+
+
+def test_what_killed_processes_left_is_removed_and_what_others_write_stays(tmp_path):
+    dead = dead_process()
+    others = [f'file.{os.getppid()}.tmp', f'other.{dead}.tmp', 'file.x.tmp']
+    for name in [*others, f'file.{dead}.tmp', f'file.{os.getpid()}.tmp', f'file.{2**70}.tmp']:
+        (tmp_path / name).write_bytes(b'left')
     write_atomically(str(tmp_path / 'file'), lambda f: f.write(b'new'))
-    assert (tmp_path / 'file').read_bytes() == b'new' and os.listdir(tmp_path) == ['file']
+    assert (tmp_path / 'file').read_bytes() == b'new'
+    assert sorted(os.listdir(tmp_path)) == sorted(['file', *others])
+
+
+def test_folder_that_a_killed_process_left_is_removed(tmp_path):
+    for process in (dead_process(), os.getpid()):
+        (tmp_path / f'folder.{process}.tmp').mkdir()
+        (tmp_path / f'folder.{process}.tmp' / 'half').write_text('x')
+    write_folder(str(tmp_path / 'folder'), lambda folder: None)
+    assert os.listdir(tmp_path) == ['folder'] and os.listdir(tmp_path / 'folder') == []
+
+
+def test_temporary_file_is_never_written_through_a_link(tmp_path):
+    (tmp_path / 'outside').write_text('mine')
+    (tmp_path / f'file.{os.getpid()}.tmp').symlink_to(tmp_path / 'outside')
+    write_atomically(str(tmp_path / 'file'), lambda f: f.write(b'new'))
+    assert (tmp_path / 'outside').read_text() == 'mine'
+    assert sorted(os.listdir(tmp_path)) == ['file', 'outside']
+
+
+def test_old_content_can_be_kept_under_another_name(tmp_path):
+    for content in (b'1', b'2', b'3'):
+        write_atomically(str(tmp_path / 'file'), lambda f, text=content: f.write(text), 'before')
+    assert (tmp_path / 'file').read_bytes() == b'3'
+    assert (tmp_path / 'before').read_bytes() == b'2'
+    assert sorted(os.listdir(tmp_path)) == ['before', 'file']
+
+
+def test_failed_write_names_the_file_and_keeps_both_contents(tmp_path):
+    def full(f):
+        raise OSError(errno.ENOSPC, 'No space left on device')
+
+    path = str(tmp_path / 'file')
+    for content in (b'1', b'2'):
+        write_atomically(path, lambda f, text=content: f.write(text), 'before')
+    with pytest.raises(OSError, match='No space left') as caught:
+        write_atomically(path, full, 'before')
+    assert caught.value.filename == path
+    assert (tmp_path / 'file').read_bytes() + (tmp_path / 'before').read_bytes() == b'21'
+    assert sorted(os.listdir(tmp_path)) == ['before', 'file']
+
+
+LOCK_AND_WAIT = '''
+import sys
+sys.path.insert(0, sys.argv[1])
+from support.files import locked
+with locked(sys.argv[2], 'busy'):
+    print('locked', flush=True)
+    sys.stdin.read()
+'''
+
+
+def test_one_process_at_a_time_in_a_locked_folder(tmp_path):
+    def enter():
+        with locked(folder, 'someone else is there'):
+            return 'entered'
+
+    folder = str(tmp_path / 'a' / 'b')
+    command = [sys.executable, '-c', LOCK_AND_WAIT, str(HOME), folder]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b'locked\n'
+        assert refusal(enter) == ['someone else is there']
+        other.kill()
+        other.wait()
+        assert enter() == enter() == 'entered'
+
+
+def test_file_system_without_locks_is_used_without(tmp_path, monkeypatch):
+    def not_supported(*arguments):
+        raise OSError(errno.ENOLCK, 'No locks available')
+
+    monkeypatch.setattr(files.fcntl, 'flock', not_supported)
+    with locked(str(tmp_path), 'busy'):
+        pass
+    monkeypatch.setattr(files, 'fcntl', None)  # as on Windows
+    with locked(str(tmp_path), 'busy'):
+        pass
 
 
 def test_bytes_are_on_the_disk_before_the_name_is(tmp_path, monkeypatch):
     order = []
     fsync, replace = os.fsync, os.replace
-    monkeypatch.setattr(os, 'fsync', lambda fd: (order.append('fsync'), fsync(fd)))
+
+    def note_fsync(descriptor):
+        order.append(os.path.basename(os.readlink(f'/proc/self/fd/{descriptor}')))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, 'fsync', note_fsync)
     monkeypatch.setattr(os, 'replace', lambda a, b: (order.append('rename'), replace(a, b)))
     write_atomically(str(tmp_path / 'file'), lambda f: f.write(b'new'))
-    assert order == ['fsync', 'rename', 'fsync']  # the file, its name, the folder that has it
+    assert order == [f'file.{os.getpid()}.tmp', 'rename', tmp_path.name]
 
 
 def test_folder_appears_whole_or_not_at_all(tmp_path):

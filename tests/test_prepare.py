@@ -297,8 +297,8 @@ def test_full_disk_can_be_continued(tmp_path, monkeypatch):
         real(descriptor)
     monkeypatch.setattr(prepare.os, 'fsync', full)
     assert refused(*told, f'--data_dir={tmp_path}/a') == (
-        f'{tmp_path}/a: [Errno 28] No space left on device; correct that and run the same command '
-        'again, which continues, or give another --data_dir')
+        f"{tmp_path}/a: [Errno 28] No space left on device: '{tmp_path}/a/meta.json'; correct that "
+        'and run the same command again, which continues, or give another --data_dir')
     run(*told, f'--data_dir={tmp_path}/a')
     run(*told, f'--data_dir={tmp_path}/b')
     assert contents(tmp_path / 'a') == contents(tmp_path / 'b')
@@ -331,7 +331,7 @@ def test_strange_folders_are_refused(tmp_path):
         f'{tmp_path} holds train_000000.bin, which was not prepared here; give another '
         '--data_dir, or move it away')
     assert 'Not a directory' in refused(*told, f'--data_dir={tmp_path}/file/x')
-    with prepare.locked(tmp_path / 'busy'):
+    with prepare.locked(tmp_path / 'busy', 'busy'):
         message = refused(*told, f'--data_dir={tmp_path}/busy')
     assert 'another process is preparing data there' in message
     assert contents(tmp_path) == before

@@ -1,9 +1,15 @@
 """support/settings.py: config files and command line, and every wrong input with its answer."""
+import errno
+import os
+import subprocess
 import sys
 from dataclasses import dataclass
 from typing import Literal
 
 import pytest
+import torch
+from conftest import HOME
+from torch._inductor.exc import InvalidCxxCompiler
 
 from support.settings import Path, Refused, arguments, changed, help_text, parse, run_command
 
@@ -230,6 +236,130 @@ def test_command_that_is_refused_says_every_reason_and_ends_with_2(capsys, monke
     assert ended.value.code == 2
     told = capsys.readouterr()
     assert told.out == '' and told.err == 'refused:\n  - a=1: too small\n  - b=2: too large\n'
+
+
+def command(main, monkeypatch):
+    """The exit code of a command whose main(arguments) is this."""
+    monkeypatch.setattr(sys, 'argv', ['tool.py', 'a', 'b'])
+    with pytest.raises(SystemExit) as ended:
+        run_command(main)
+    return ended.value.code
+
+
+MEMORY = 'free some memory, or ask for less of it'
+WORLD = {  # what ends main: (exit code, what is said)
+    'refused': (Refused('a=1: too small'), 2, 'refused:\n  - a=1: too small'),
+    'Ctrl-C': (KeyboardInterrupt(), 130, ''),
+    'reader has gone': (BrokenPipeError(errno.EPIPE, 'Broken pipe'), 141, ''),
+    'file': (PermissionError(errno.EACCES, 'Permission denied', 'a/b'), 1,
+             'failed: a/b: Permission denied; correct that and give the same command again'),
+    'two files': (IsADirectoryError(errno.EISDIR, 'Is a directory', 'a.tmp', None, 'a'), 1,
+                  'failed: a: Is a directory; correct that and give the same command again'),
+    'full disk': (OSError(errno.ENOSPC, 'No space left on device'), 1, 'failed: No space left on '
+                  'device; correct that and give the same command again'),
+    'another file error': (OSError('not\na file'), 1, 'failed: OSError: not a file; correct that '
+                           'and give the same command again'),
+    'text': (UnicodeEncodeError('ascii', 'ä', 0, 1, 'no'), 1,
+             "failed: UnicodeEncodeError: 'ascii' codec can't encode character '\\xe4' in position "
+             '0: no; a file or an argument is not UTF-8, or the terminal cannot show it'),
+    'memory': (MemoryError(), 1, f'failed: MemoryError; {MEMORY}'),
+    'memory, CPU': (RuntimeError("DefaultCPUAllocator: can't allocate"), 1,
+                    f"failed: RuntimeError: DefaultCPUAllocator: can't allocate; {MEMORY}"),
+    'memory, GPU': (torch.OutOfMemoryError('CUDA out of memory'), 1,
+                    f'failed: OutOfMemoryError: CUDA out of memory; {MEMORY}'),
+    'nesting': (RecursionError('too deep'), 1, 'failed: RecursionError: too deep; a file is nested '
+                                               'too deeply'),
+    'number': (OverflowError('int too large'), 1, 'failed: OverflowError: int too large; a setting '
+                                                  'is too large'),
+    'compiler': (InvalidCxxCompiler(), 1, 'failed: InvalidCxxCompiler: No working C++ compiler '
+                 "found in torch._inductor.config.cpp.cxx: (None, 'g++'); install a C++ compiler, "
+                 'or use --compile=False'),
+    'other process': (RuntimeError('[gloo/pair.cc:5] Connection closed'), 1,
+                      'failed: RuntimeError: [gloo/pair.cc:5] Connection closed; the output '
+                      'of the other processes says why'),
+}
+
+
+@pytest.mark.parametrize('error, code, line', WORLD.values(), ids=WORLD)
+def test_what_the_world_does_is_one_line(monkeypatch, capsys, error, code, line):
+    def main(argv):
+        raise error
+
+    assert command(main, monkeypatch) == code
+    assert capsys.readouterr().err.rstrip('\n') == line
+    monkeypatch.setenv('RANK', '3')
+    assert command(main, monkeypatch) == code
+    assert capsys.readouterr().err.rstrip('\n') == (line and f'rank 3: {line}')
+    monkeypatch.setenv('NANOPRUNE_TRACEBACK', '1')
+    assert command(main, monkeypatch) == code
+    assert capsys.readouterr().err.startswith('Traceback (most recent call last)')
+
+
+@pytest.mark.parametrize('error', [ZeroDivisionError(), KeyError('a'), RuntimeError('a shape')])
+def test_mistakes_in_the_code_keep_their_traceback(monkeypatch, error):
+    def main(argv):
+        raise error
+
+    monkeypatch.setattr(sys, 'argv', ['tool.py'])
+    with pytest.raises(type(error)) as caught:
+        run_command(main)
+    assert caught.value is error
+
+
+def test_rank_without_a_number_is_the_first(monkeypatch, capsys):
+    monkeypatch.setenv('RANK', '')
+    assert command(lambda argv: refuse('x'), monkeypatch) == 2
+    assert capsys.readouterr().err == 'refused:\n  - x\n'
+
+
+def refuse(problem):
+    raise Refused(problem)
+
+
+TOOL = '''
+import sys
+sys.path.insert(0, sys.argv[1])
+from support.settings import run_command
+
+def main(argv):
+    print('naïve 漢字')
+    for n in range(20_000):
+        print('a line', n)
+    return 3
+
+run_command(main)
+'''
+
+
+def run_tool(arguments, **more):
+    """The finished process of the tool, its output as bytes."""
+    return subprocess.run([sys.executable, '-c', TOOL, str(HOME)], stderr=subprocess.PIPE,
+                          timeout=60, **arguments, **more)
+
+
+@pytest.mark.parametrize('encoding, first', [('cp1252', b'na\xefve \\u6f22\\u5b57'),
+                                             ('ascii', b'na\\xefve \\u6f22\\u5b57')])
+def test_output_in_an_encoding_that_lacks_characters(encoding, first):
+    environment = {**os.environ, 'PYTHONIOENCODING': encoding}
+    done = run_tool(dict(env=environment), stdout=subprocess.PIPE)
+    assert done.returncode == 3 and done.stderr == b''
+    assert done.stdout.splitlines()[0] == first
+
+
+def test_output_that_nobody_reads_ends_quietly():
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, 'wb') as pipe:
+        done = run_tool({}, stdout=pipe)
+    assert done.returncode == 141 and done.stderr == b''
+
+
+def test_output_to_a_full_disk_is_one_line():
+    with open('/dev/full', 'wb') as full:
+        done = run_tool({}, stdout=full)
+    assert done.returncode == 1
+    assert done.stderr.decode() == ('failed: No space left on device; correct that and give the '
+                                    'same command again\n')
 
 
 def test_command_ends_with_the_code_of_its_main(monkeypatch):
