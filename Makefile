@@ -3,7 +3,7 @@
 PYTHON ?= python3
 RUN := .venv/bin/python
 
-.PHONY: quickstart test lines
+.PHONY: quickstart test test-clients lines
 
 quickstart: .venv/installed
 	$(RUN) prepare.py stdlib
@@ -14,6 +14,10 @@ quickstart: .venv/installed
 test: .venv/installed-test
 	$(RUN) -m ruff check .
 	$(RUN) -m pytest -q
+
+# Others' programs on what this one writes.
+test-clients: .venv/installed-clients
+	$(RUN) -m pytest -q -m clients
 
 # Lines of source, and how many of them python train.py loads.
 lines:
@@ -29,4 +33,8 @@ lines:
 
 .venv/installed-test: requirements-test.txt .venv/installed
 	$(RUN) -m pip install -q -r requirements-test.txt -c constraints.txt
+	@touch $@
+
+.venv/installed-clients: .venv/installed-test
+	$(RUN) -m pip install -q "lm_eval[hf]" wandb trackio tensorboard -c constraints.txt
 	@touch $@

@@ -3,7 +3,8 @@
     python export.py out/best_50 out/best_50_hf --dtype=bfloat16
 
 writes a folder that transformers' GPT2LMHeadModel and AutoTokenizer load with from_pretrained, if
-the logits it computes from that are those of the run. The other way, fine-tuning or pruning a GPT-2, folder or hub name:
+the logits it computes from that are those of the run. The other way, fine-tuning or pruning a
+GPT-2, folder or hub name:
 
     python train.py config/best_50.py --init_from=hf:gpt2 --bias=True --out_dir=out/pretrained_50
 """

@@ -139,7 +139,8 @@ def print_texts(tokenizer, prompts, steps, end):
 
 @torch.inference_mode()
 def print_score(model, tokenizer, path):
-    """Mean loss of all tokens of a file but the first, given those before in their window."""
+    """Mean loss of all tokens of a file but the first, given those before in their window. Bits a
+    byte compare models with different tokenizers."""
     tokens = tokenizer.encode(read_text(path, 'score'))
     scored = len(tokens) - 1
     if scored < 1:
@@ -151,7 +152,9 @@ def print_score(model, tokenizer, path):
         window = window.to(model.token_embedding.weight.device)
         total += model(window[:, :-1], window[:, 1:]).item() * (window.size(1) - 1)
     loss = total / scored
-    print(f'{path}: {scored:,} tokens, loss {loss:.4f}, perplexity {math.exp(loss):.2f}')
+    bits_a_byte = total / math.log(2) / len(tokenizer.decode_bytes(tokens[1:]))
+    print(f'{path}: {scored:,} tokens, loss {loss:.4f}, perplexity {math.exp(loss):.2f}, '
+          f'{bits_a_byte:.4f} bits a byte')
 
 
 def print_continued(model, tokenizer, s):

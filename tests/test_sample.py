@@ -242,7 +242,26 @@ def test_score_is_the_cross_entropy_of_the_windows(run, tmp_path, capsys):
     loss = torch.cat(losses).mean().item()
     assert capsys.readouterr().out == (
         f'{tmp_path}/book.txt: {len(tokens) - 1} tokens, loss {loss:.4f}, '
-        f'perplexity {math.exp(loss):.2f}\n')
+        f'perplexity {math.exp(loss):.2f}, {loss / math.log(2):.4f} bits a byte\n')
+
+
+class Pairs:
+    """A tokenizer whose tokens are two bytes each."""
+
+    def encode(self, text):
+        return [(a + 7 * b) % 257 for a, b in zip(text.encode()[::2], text.encode()[1::2])]
+
+    def decode_bytes(self, tokens):
+        return b'ab' * len(tokens)
+
+
+def test_bits_a_byte_count_the_bytes_of_the_tokens(plain_run, tmp_path, capsys):
+    (tmp_path / 'text').write_text('some words ' * 20)
+    model, _ = sample.load_model(str(plain_run), 'best')
+    sample.print_score(model, Pairs(), f'{tmp_path}/text')
+    _, loss, _, bits = capsys.readouterr().out.split(': ')[1].split(', ')
+    loss = float(loss.removeprefix('loss '))
+    assert float(bits.split()[0]) == pytest.approx(loss / math.log(2) / 2, abs=1e-4)
 
 
 REFUSED = {
