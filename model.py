@@ -485,11 +485,16 @@ def load_model(run_dir, checkpoint):
         print(f"note: {path} and this model.py do not both know {', '.join(differing)}: ignored, "
               'or left at the default', file=sys.stderr)
     told = {name: value for name, value in saved['model'].items() if name in known}
-    weights = unpack_weights(saved['weights'])
     try:
-        model = GPT(GPTConfig(**told))
-        model.load_state_dict({name: weight.float() for name, weight in weights.items()})
-    except (ValueError, RuntimeError) as error:  # other shapes, or other names
+        weights = {name: weight.float().contiguous()
+                   for name, weight in unpack_weights(saved['weights']).items()}
+        config = GPTConfig(**told)
+        if config.n_layer > len(weights):
+            raise ValueError(f'n_layer={config.n_layer}, and {len(weights)} tensors')
+        with torch.device('meta'):  # no memory beyond that of the weights
+            model = GPT(config)
+        model.load_state_dict(weights, assign=True)
+    except (ValueError, RuntimeError, TypeError, ArithmeticError) as error:
         reason = ' '.join(str(error).split())[:300]
         raise Refused(f'{path} does not fit this model.py: {reason}') from None
     return model.eval(), saved

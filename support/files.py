@@ -1,17 +1,15 @@
 """Files that are whole or absent: temporary name, fsync, rename."""
 import contextlib
+import glob
 import json
 import math
 import os
-import re
 import shutil
 
-from support.settings import Refused
+from support.settings import Refused, regular
 
-try:
+if os.name == 'posix':
     import fcntl
-except ImportError:  # Windows has none
-    fcntl = None
 
 
 @contextlib.contextmanager
@@ -21,21 +19,17 @@ def locked(folder, message):
     Refused(message) if one of them has locked it. The lock ends with the process.
     """
     os.makedirs(folder, exist_ok=True)
-    if not fcntl:
+    with contextlib.ExitStack() as stack:
+        if os.name == 'posix':
+            lock = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, lock)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise Refused(message) from None
+            except OSError:  # a file system without locks
+                pass
         yield
-        return
-    lock = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        raise Refused(message) from None
-    except OSError:  # a file system without locks
-        pass
-    try:
-        yield
-    finally:
-        os.close(lock)
 
 
 def sync_rename(path):
@@ -50,26 +44,10 @@ def sync_rename(path):
 
 
 def temporary_name(path):
-    """A name beside `path` of this process's own; what dead processes left there is removed."""
-    folder, name = os.path.split(path)
-    for found in os.listdir(folder or '.'):
-        number = re.fullmatch(re.escape(name) + r'\.(\d+)\.tmp', found)
-        if number and (int(number[1]) == os.getpid() or not is_alive(int(number[1]))):
-            remove(os.path.join(folder, found))
-    return f'{path}.{os.getpid()}.tmp'
-
-
-def is_alive(process):
-    """Whether a process of that number runs; on Windows, which cannot be asked, True."""
-    if os.name != 'posix':
-        return True
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:  # another user's
-        pass
-    return True
+    """A name beside `path` of this process's own; what others that were killed left is removed."""
+    for left in glob.glob(f'{glob.escape(path)}.by-*.tmp'):
+        remove(left)
+    return f'{path}.by-{os.getpid()}.tmp'
 
 
 def remove(path):
@@ -140,14 +118,20 @@ def write_json(path, content):
     write_atomically(path, lambda f: f.write(text.encode()))
 
 
-def read_json(path):
-    """The content of a JSON file, None if there is no such file; Refused if it is damaged."""
+def read_json(path, needs=()):
+    """The content of a JSON file, None if there is no such file; Refused if it is damaged.
+
+    needs: keys that an object must have; without any, all JSON will do.
+    """
     try:
-        with open(path, encoding='utf-8') as f:
-            return json.load(f)
+        with open(regular(path), encoding='utf-8') as f:
+            content = json.load(f)
+        if missing := [key for key in needs if not isinstance(content, dict) or key not in content]:
+            raise ValueError(f'no {missing[0]!r} in it')
+        return content
     except FileNotFoundError:
         return None
     except OSError as error:
         raise Refused(f'{path} cannot be read ({error.strerror}); correct that') from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Refused(f'{path} is damaged ({error}); restore or remove it') from None

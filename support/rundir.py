@@ -6,17 +6,19 @@ out_dir/ holds config.json, train.log, metrics.jsonl, last.pt (everything, to re
 import contextlib
 import importlib
 import json
+import math
 import os
 import platform
 import subprocess
 import sys
 import zipfile
+import zlib
 
 import numpy as np
 import torch
 
 from support.files import finite_or_none, write_atomically
-from support.settings import Refused
+from support.settings import Refused, drop_output, regular
 
 # --- checkpoints ----------------------------------------------------------------------------------
 
@@ -39,11 +41,14 @@ def load_checkpoint(path):
     if not os.path.exists(path):
         raise Refused(f'no checkpoint {path}; check the folder, or start with --init_from=scratch')
     try:
-        with zipfile.ZipFile(path) as archive:  # torch.load checks no checksums
+        with zipfile.ZipFile(regular(path)) as archive:  # torch.load checks no checksums
+            if sum(member.file_size for member in archive.infolist()) > os.path.getsize(path):
+                raise ValueError('it unpacks to more than the file')
             if damaged := archive.testzip():
                 raise ValueError(f'{damaged} in it does not match its checksum')
         content = torch.load(path, map_location='cpu', weights_only=True)
         written_as = content.get('format')
+        check_content(content, NEEDS if written_as == FORMAT else {})
     except Exception as error:  # torch raises a dozen types for a damaged file
         reason = f'{type(error).__name__}: {error}'.splitlines()[0][:120]
         raise Refused(f'checkpoint {path} is damaged or not one of ours ({reason}); use another '
@@ -54,6 +59,21 @@ def load_checkpoint(path):
     return content
 
 
+def check_content(content, needs):
+    """ValueError for what is not there, and for a tensor that repeats a few numbers many times."""
+    for key, kind in needs.items():
+        if not isinstance(content.get(key), kind):
+            raise ValueError(f'no {key!r} in it')
+    waiting = [content]
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, (dict, list, tuple)):
+            waiting += each.values() if isinstance(each, dict) else each
+        elif torch.is_tensor(each) and each.nbytes > each.untyped_storage().nbytes():
+            raise ValueError(f'a tensor of {size(each.nbytes)} that is not in it')
+
+
+NEEDS = dict(model=dict, settings=dict, data=dict, weights=dict, fingerprint=str, step=int)
 FORMAT = 'nanoprune 2'  # checkpoints of format 1 do not load: they had no model configuration
 
 
@@ -71,8 +91,11 @@ def pack(tensor, mask):
 def unpack(packed):
     """The tensor of pack, to the bit, +0 where pruned."""
     values = packed['values']
+    kept = np.unpackbits(packed['bits'].numpy())
+    if math.prod(packed['shape']) > len(kept):
+        raise ValueError(f"{len(kept)} bits for a tensor {packed['shape']}")
     out = torch.zeros(packed['shape'], dtype=values.dtype)
-    mask = np.unpackbits(packed['bits'].numpy(), count=out.numel()).astype(bool)
+    mask = kept[:out.numel()].astype(bool)
     out.view(-1)[torch.from_numpy(mask)] = values
     return out
 
@@ -123,12 +146,14 @@ class RunLog:
         kept = []
         if keep_until is not None:
             # The evaluation at the step it resumes from is made again, if it is due.
-            kept = [r for r in read_metrics(metrics) if r['step'] < keep_until + ('loss' in r)]
-        lines = [json.dumps(record) + '\n' for record in kept]
-        write_atomically(metrics, lambda f: f.write(''.join(lines).encode()))
-        self.metrics = open(metrics, 'a', encoding='utf-8')
-        mode = 'w' if keep_until is None else 'a'
-        self.text = open(os.path.join(out_dir, 'train.log'), mode, encoding='utf-8')
+            kept = [(line, record) for line, record in metrics_lines(metrics)
+                    if record is None or record['step'] < keep_until + ('loss' in record)]
+        write_atomically(metrics, lambda f: f.writelines(line for line, _ in kept))
+        self.metrics = open_inside(metrics, 'a')
+        self.text = open_inside(os.path.join(out_dir, 'train.log'),
+                                'w' if keep_until is None else 'a')
+        if damaged := sum(record is None for _, record in kept):
+            self.say(f'WARNING: {metrics}: {damaged} damaged lines, which stay as they are')
         if tracker != 'none':
             with self.tracker_may_fail(tracker):
                 self.track = open_tracker(tracker, out_dir, config)
@@ -145,26 +170,52 @@ class RunLog:
 
     def say(self, line=''):
         if self.write:
-            print(line, flush=True)
-            self.text.write(line + '\n')
-            self.text.flush()
+            try:
+                print(line, flush=True)
+            except OSError:  # train.log has it all
+                drop_output()
+            self.put(self.text, line)
+
+    def put(self, file, line):
+        """A line into a file. Without room for it the run goes on: whether that matters is for the
+        next checkpoint to say."""
+        try:
+            file.write(line + '\n')
+            file.flush()
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                print(f'WARNING: {file.name}: {error.strerror}', flush=True)
 
     def measure(self, record):
         """One object of metrics.jsonl."""
         if not self.write:
             return
-        self.metrics.write(json.dumps(finite_or_none(record)) + '\n')
-        self.metrics.flush()
+        text = json.dumps(finite_or_none(record))[:-1]
+        self.put(self.metrics, f'{text}, "crc": {zlib.crc32(text.encode())}}}')
         if self.track:
             numbers = {key: value for key, value in record.items() if value is not None}
             step = numbers.pop('step')
             with self.tracker_may_fail(self.tracker):
                 self.track(numbers, step)
 
+    def sync(self):
+        """Wait until the disk has all that was measured."""
+        if self.write:
+            os.fsync(self.metrics.fileno())
+
     def close(self):
         if self.write:
-            self.metrics.close()
-            self.text.close()
+            for file in (self.metrics, self.text):
+                with contextlib.suppress(OSError):  # a full disk
+                    file.close()
+
+
+def open_inside(path, mode):
+    """Open a text file of a run directory; a link or a FIFO of that name makes way."""
+    if os.path.islink(path) or not os.path.isfile(path):
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(path)
+    return open(path, mode, encoding='utf-8', errors='backslashreplace')
 
 
 def open_tracker(name, out_dir, config):
@@ -184,20 +235,29 @@ def open_tracker(name, out_dir, config):
     return lambda numbers, step: package.log(numbers, step=step)
 
 
-def read_metrics(path):
-    """The objects of a metrics.jsonl; lines that are damaged or cut short are left out."""
-    records = []
+def metrics_lines(path):
+    """[(line in bytes, its record or None if it is damaged)] of a metrics.jsonl."""
     if not os.path.exists(path):
-        return records
-    with open(path, encoding='utf-8', errors='replace') as f:
-        for line in f:
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(record, dict) and 'step' in record:
-                records.append(record)
-    return records
+        return []
+    with open(regular(path), 'rb') as f:
+        return [(line.rstrip(b'\n') + b'\n', record_of(line)) for line in f]
+
+
+def record_of(line):
+    """The record of a line, None if it is damaged. Lines of earlier versions have no checksum."""
+    text, has_checksum, rest = line.rpartition(b', "crc": ')
+    try:
+        record = json.loads(line)
+        checksum = record.pop('crc', None)
+        whole = not has_checksum or checksum == zlib.crc32(text)
+        return record if whole and type(record['step']) is int else None
+    except (ValueError, TypeError, AttributeError, LookupError, RecursionError):
+        return None
+
+
+def read_metrics(path):
+    """The records of a metrics.jsonl, without damaged lines."""
+    return [record for _, record in metrics_lines(path) if record is not None]
 
 
 def provenance():

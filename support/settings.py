@@ -6,6 +6,7 @@ problems are collected before anything is said. No value is ever clamped, ignore
 import contextlib
 import dataclasses
 import difflib
+import errno
 import inspect
 import io
 import math
@@ -34,23 +35,16 @@ class Refused(Exception):
 
 # --- the boundary of every command ----------------------------------------------------------------
 
-MEMORY = 'out of memory|not enough memory|DefaultCPUAllocator'
-WORLD = (  # type of an error, what its text holds: the way out of what the world did
-    (MemoryError, '', 'free some memory, or ask for less of it'),
-    (RuntimeError, MEMORY, 'free some memory, or ask for less of it'),
-    (Exception, r'C(\+\+)? compiler|InvalidCxx|CppCompile', 'install a C++ compiler, or use '
-                                                           '--compile=False'),
+MEMORY = 'out of memory|not enough memory|DefaultCPUAllocator|MemoryError'
+WORLD = (  # what the world does, by type and text of the error: the way out
+    (Exception, MEMORY, 'free some memory, or ask for less of it'),
+    (Exception, r'C(\+\+)? compiler|CppCompile', 'install a compiler, or use --compile=False'),
     (RuntimeError, r'gloo|NCCL|Dist\w*Error', 'the output of the other processes says why'),
     (RecursionError, '', 'a file is nested too deeply'),
     (OverflowError, '', 'a setting is too large'),
-    (UnicodeError, '', 'a file or an argument is not UTF-8, or the terminal cannot show it'),
+    (UnicodeError, '', 'that is not UTF-8'),
     (OSError, '', 'correct that and give the same command again'),
 )
-
-
-def out_of_memory(error):
-    """Whether that is what an exception says, of a CPU or a GPU, bare or from the compiler."""
-    return isinstance(error, MemoryError) or bool(re.search(MEMORY, str(error), re.IGNORECASE))
 
 
 def tell(text):
@@ -60,31 +54,33 @@ def tell(text):
         print(text if rank == '0' else f'rank {rank}: {text}', file=sys.stderr)
 
 
-def drop_output():
-    """What nobody reads any more, in a pipe or terminal that was closed, vanishes."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 def exit_code(error):
-    """Say in one line what ended the command, but nothing if that is its reader; raises `error`
-    again if it can only be a mistake in the code."""
+    """Say what ended the command, in one line if the world did; raise a mistake in the code again.
+
+    NANOPRUNE_TRACEBACK=1 shows where it happened.
+    """
     if os.environ.get('NANOPRUNE_TRACEBACK'):
         traceback.print_exception(error)
     if isinstance(error, Refused):
         return error.report()
     if isinstance(error, KeyboardInterrupt):
         return 130
-    if isinstance(error, BrokenPipeError):
+    if isinstance(error, BrokenPipeError):  # nobody reads any more, so say nothing
         return 141
     reason = ' '.join(f'{type(error).__name__}: {error}'.split()).removesuffix(':')
     if isinstance(error, OSError) and error.strerror:
         file = error.filename2 or error.filename
-        reason = f'{file}: {error.strerror}' if file else error.strerror
+        reason = f'{file!s:.200}: {error.strerror}' if file else error.strerror
     for kind, text, way_out in WORLD:
         if isinstance(error, kind) and re.search(text, reason, re.IGNORECASE):
             tell(f'failed: {reason[:400]}; {way_out}')
             return 1
     raise error
+
+
+def drop_output():
+    """What is printed from now on vanishes, because pipe, terminal or disk do not take it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def run_command(main):
@@ -102,6 +98,14 @@ def run_command(main):
         drop_output()
         code = code or exit_code(error)
     sys.exit(code)
+
+
+def regular(path):
+    """`path`, unless it is no regular file, such as a FIFO that would be waited for: OSError."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        code = errno.EISDIR if os.path.isdir(path) else errno.EINVAL
+        raise OSError(code, os.strerror(code), path)
+    return path
 
 
 def did_you_mean(word, choices):
@@ -157,10 +161,10 @@ def read_config(path):
     """
     names = {}
     try:
-        with open(path, encoding='utf-8-sig') as f:
+        with open(regular(path), encoding='utf-8-sig') as f:
             code = compile(f.read(), path, 'exec')
         exec(code, {'__name__': 'config', '__file__': path}, names)
-    except Exception as error:  # whatever the file's code raises
+    except (Exception, SystemExit) as error:  # whatever the file's code raises
         reason = f'{type(error).__name__}: {error}'
         raise ValueError(f"config file '{path}' cannot be read: {reason}") from None
     return {

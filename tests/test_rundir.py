@@ -33,7 +33,8 @@ def content(**more):
     draw = torch.Generator().manual_seed(0)
     weights = {'a': torch.randn(50, 40, generator=draw),
                'b': torch.randn(9, generator=draw).bfloat16()}
-    return {'format': FORMAT, 'weights': weights, 'betas': (0.9, None), 'step': 4, **more}
+    return {'format': FORMAT, 'weights': weights, 'betas': (0.9, None), 'step': 4, 'model': {},
+            'settings': {}, 'data': {}, 'fingerprint': 'f00d', **more}
 
 
 def test_checkpoint_comes_back_as_it_was(tmp_path):
@@ -127,8 +128,9 @@ path = sys.argv[2]
 draw = random.Random(0)
 
 def save(version):
-    weights = torch.full((500_000,), float(version))
-    save_checkpoint(path, {'format': FORMAT, 'version': version, 'weights': weights})
+    weights = {'all': torch.full((500_000,), float(version))}
+    save_checkpoint(path, {'format': FORMAT, 'step': version, 'weights': weights, 'model': {},
+                           'settings': {}, 'data': {}, 'fingerprint': ''})
 
 save(0)
 partial = 0
@@ -143,12 +145,12 @@ for kill in range(25):
     time.sleep(draw.uniform(0.005, 0.08))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    partial += os.path.exists(f'{path}.{child}.tmp')
+    partial += os.path.exists(f'{path}.by-{child}.tmp')
     saved = load_checkpoint(path)
-    assert torch.equal(saved['weights'], torch.full((500_000,), float(saved['version']))), kill
-    found.add(saved['version'])
+    assert (saved['weights']['all'] == saved['step']).all(), kill
+    found.add(saved['step'])
 save(-1)
-assert load_checkpoint(path)['version'] == -1
+assert load_checkpoint(path)['step'] == -1
 assert os.listdir(os.path.dirname(path)) == [os.path.basename(path)]
 print(partial, len(found))
 '''

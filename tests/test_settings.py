@@ -261,7 +261,7 @@ WORLD = {  # what ends main: (exit code, what is said)
                            'and give the same command again'),
     'text': (UnicodeEncodeError('ascii', 'ä', 0, 1, 'no'), 1,
              "failed: UnicodeEncodeError: 'ascii' codec can't encode character '\\xe4' in position "
-             '0: no; a file or an argument is not UTF-8, or the terminal cannot show it'),
+             '0: no; that is not UTF-8'),
     'memory': (MemoryError(), 1, f'failed: MemoryError; {MEMORY}'),
     'memory, CPU': (RuntimeError("DefaultCPUAllocator: can't allocate"), 1,
                     f"failed: RuntimeError: DefaultCPUAllocator: can't allocate; {MEMORY}"),
@@ -272,8 +272,8 @@ WORLD = {  # what ends main: (exit code, what is said)
     'number': (OverflowError('int too large'), 1, 'failed: OverflowError: int too large; a setting '
                                                   'is too large'),
     'compiler': (InvalidCxxCompiler(), 1, 'failed: InvalidCxxCompiler: No working C++ compiler '
-                 "found in torch._inductor.config.cpp.cxx: (None, 'g++'); install a C++ compiler, "
-                 'or use --compile=False'),
+                 "found in torch._inductor.config.cpp.cxx: (None, 'g++'); install a compiler, or "
+                 'use --compile=False'),
     'other process': (RuntimeError('[gloo/pair.cc:5] Connection closed'), 1,
                       'failed: RuntimeError: [gloo/pair.cc:5] Connection closed; the output '
                       'of the other processes says why'),
