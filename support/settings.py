@@ -122,6 +122,8 @@ WANTED = {str: 'a str', Path: 'a str', bool: 'a bool: write True or False', int:
 
 def convert(key, value, kind):
     """`value` as `kind`, or ValueError. The command line gives text, a config file other types."""
+    if isinstance(value, str) and '\0' in value:
+        raise ValueError(f'{key}={value!r} has a NUL, which no name can have')
     if choices := get_args(kind):
         return to_choice(key, value, choices)
     found = value
@@ -136,6 +138,9 @@ def convert(key, value, kind):
             found = kind(value)
         except (TypeError, ValueError, OverflowError):
             found = None
+    for number in (value, found):
+        if isinstance(number, int) and number.bit_length() > 63:  # its repr may fail
+            raise ValueError(f'{key} is a number of {number.bit_length()} bits; at most 63')
     if type(found) is not kind or (kind is float and not math.isfinite(found)):
         raise ValueError(f'{key}={value!r} is not {WANTED[kind]}')
     return found
@@ -244,7 +249,7 @@ def changed(settings):
 
 def help_text(cls, usage):
     """Every setting with type, default and its comments, at its line and below, in the source."""
-    lines = [usage, '']
+    lines = [usage or '', '']  # python -OO has no docstrings
     for line in inspect.getsource(cls).splitlines():
         if found := re.match(r'    (\w+): .*?  # (.*)', line):
             field = cls.__dataclass_fields__[found[1]]

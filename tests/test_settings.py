@@ -90,6 +90,10 @@ def test_changed_settings_are_those_that_differ_from_their_defaults():
     assert changed(s) == {'n_layer': 2, 'compile': False}
 
 
+def test_help_without_docstrings():
+    assert '--seed=1 ' in help_text(Settings, None)
+
+
 def test_help_lists_every_setting_with_type_default_and_comment():
     lines = help_text(Settings, 'usage of it').splitlines()
     assert lines[0] == 'usage of it'
@@ -148,6 +152,7 @@ ARGUMENTS = {
     'int, exponent of a fraction': ('--seed=1.25e1', "seed='1.25e1' is not an int"),
     'a key without its value': ('--seed', "'--seed' is not of the form"),
     'no- of what is no flag': ('--no-seed', "unknown setting 'no-seed'"),
+    'int, huge': ('--seed=10000000000000000000', 'seed is a number of 64 bits; at most 63'),
     'int, empty': ('--seed=', "seed='' is not an int"),
     'float': ('--learning_rate=fast', "learning_rate='fast' is not a finite float"),
     'float, nan': ('--learning_rate=nan', "learning_rate='nan' is not a finite float"),
@@ -195,8 +200,17 @@ CONFIGS = {
                                       "adamwprune; did you mean 'adamw'?"),
     'choice, number': ('optimizer = 3', '{path}: optimizer=3 is not one of adamw, adamwspam, '
                                         'adamwprune'),
-    'float, huge': ('learning_rate = 2**2000', '{path}: learning_rate=' + str(2**2000)
-                    + ' is not a finite float'),
+    'float, huge': ('learning_rate = 2**2000', '{path}: learning_rate is a number of 2001 bits; at '
+                                               'most 63'),
+    'int, huge': ('batch_size = 10**400', '{path}: batch_size is a number of 1329 bits; at most '
+                                          '63'),
+    'int, without a repr': ('seed = -10**5000', '{path}: seed is a number of 16610 bits; at most '
+                                                '63'),
+    'text, NUL': (r"out_dir = 'a\0b'", r"{path}: out_dir='a\x00b' has a NUL, which no name can "
+                                       'have'),
+    'choice, NUL': (r"init_from = 'hf:a\0b'", r"{path}: init_from='hf:a\x00b' has a NUL, which no "
+                                              'name can have'),
+    'exit': ('import sys\nsys.exit()', "config file '{path}' cannot be read: SystemExit: "),
     'syntax': ('seed = 1\nn_layer = = 4', "config file '{path}' cannot be read: SyntaxError: "
                                           'invalid syntax (c.py, line 2)'),
     'exception': ('seed = 1 / 0', "config file '{path}' cannot be read: ZeroDivisionError: "
@@ -216,7 +230,9 @@ def test_wrong_config_file(tmp_path, text, message):
 def test_config_file_that_is_not_there_or_not_text(tmp_path):
     (tmp_path / 'c.py').write_bytes(b'\xff\xfe')
     (tmp_path / 'folder.py').mkdir()
-    errors = {'none.py': 'FileNotFoundError', 'none/none.py': 'FileNotFoundError',
+    os.mkfifo(tmp_path / 'fifo.py')
+    errors = {'fifo.py': 'OSError', 'none.py': 'FileNotFoundError',
+              'none/none.py': 'FileNotFoundError',
               'c.py': 'UnicodeDecodeError', 'folder.py': 'IsADirectoryError'}
     for name, error in errors.items():
         [problem] = parsed(tmp_path / name)[1]
