@@ -4,14 +4,13 @@
     torchrun --nproc_per_node=8 train.py config/vanilla_baseline.py
     python train.py --help
 
-Exit codes: 0 finished, 1 failed, 2 refused (the message says why), 3 diverged or NaN, 130 after
-Ctrl-C and 143 after SIGTERM, both saved at a step boundary. --init_from=resume continues a run.
+Exit codes: 0 finished, 1 failed, 2 refused (the message says why), 3 diverged or NaN, 130, 143, 129
+after Ctrl-C, SIGTERM, SIGHUP, saved at a step boundary. After SIGUSR1 it saves and goes on.
+--init_from=resume continues a run.
 """
 import contextlib
 import math
 import os
-import signal
-import sys
 import time
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
@@ -23,15 +22,15 @@ import optim
 import prune
 from export import pretrained_problems, starting_weights
 from model import ATTENTIONS, GPT, POSITIONS, model_config
-from support import preflight
+from support import guards, preflight, ranks
 from support.checks import check
 from support.files import write_json
-from support.guards import Stop, guard_against_divergence, report_graphs, signals_noted
+from support.guards import Stop, stop_if_bad
 from support.machine import find_machine, peak_memory
 from support.memory import rung_label, set_up_model, settings_on_rung, within_memory
 from support.preflight import effective_batch
 from support.rundir import FORMAT, TRACKERS, RunLog, clock, pack_weights, save_checkpoint
-from support.settings import Path, Refused, arguments, help_text, parse
+from support.settings import Path, Refused, arguments, help_text, parse, run_command
 from support.shards import window_order
 
 
@@ -115,8 +114,9 @@ class Progress:
     rung: int = 0  # of the out-of-memory ladder
     val_loss: float = math.inf  # latest
     best_val_loss: float = math.inf
-    lowest_loss: float = math.inf  # running best of the logged training losses
-    above_since: int = -1  # first step of the present stretch far above lowest_loss; -1: none
+    average_loss: float = 0.0  # of the logged training losses, moving
+    lowest_average: float = math.inf
+    above_since: int = -1  # first step of the present stretch far above lowest_average; -1: none
 
 
 @dataclass
@@ -126,14 +126,15 @@ class Run:
     active: Settings  # in force: differs only by the out-of-memory ladder
     machine: Any  # support.machine.Machine
     data: Any  # support.shards.Data
-    log: RunLog
     model: GPT
     flats: list  # optim.Flat
     optimizer: torch.optim.Optimizer
     pruner: prune.Pruner | None
     progress: Progress
     bad_step: torch.Tensor  # 0-dim int64 on the device: first step without finite gradients or -1
-    stop_signal: int = 0
+    log: RunLog = None
+    stop_signal: int = 0  # or SIGUSR1, that only saves
+    saved_sparsity: dict = field(default_factory=dict)  # what a summary says, of last.pt
     graphs: tuple = (0, 0)  # (compiled graphs, graph breaks) when last looked at
     start_step: int = 0  # where this session began
     began: float = field(default_factory=time.monotonic)
@@ -158,8 +159,9 @@ def train(run):
             log_step(run, loss, norm)
         if p.step % s.save_interval == 0:
             save(run)
-        stop_if_signalled(run)
-    save(run, at_end=True)
+        guards.stop_if_signalled(run, ranks.highest(run, run.stop_signal), save)
+    if not save(run):
+        raise Stop('unsaved', 3, 'the end is not saved; the last good checkpoint stays')
 
 
 def one_step(run):
@@ -184,6 +186,12 @@ def prune_weights(run):
         run.pruner.step()
     except ValueError as error:
         raise Refused(str(error)) from None
+
+
+def masks_wait(run):
+    """Whether no masks are chosen: SPAM's moments are young, or a NaN is about to end the run."""
+    young = isinstance(run.optimizer, optim.AdamWSPAM) and run.optimizer.recovering()
+    return young or run.bad_step.item() >= 0
 
 
 def local_gradients(run):
@@ -229,9 +237,7 @@ def inputs_and_targets(device, stream, windows, T):
 
 def sum_over_ranks(run, loss):
     """Add up gradients and loss; each is already divided by the micro-batches of all ranks."""
-    if run.machine.world > 1:
-        for tensor in [flat.grads for flat in run.flats] + [loss]:
-            dist.all_reduce(tensor)
+    ranks.combine(run, [flat.grads for flat in run.flats] + [loss])
 
 
 def note_bad_step(run, loss, norm):
@@ -268,17 +274,31 @@ def set_learning_rate(run):
 
 def evaluate(run):
     """Mean loss over the first eval_tokens of the validation split: a 0-dim float64 tensor."""
-    s, m = run.active, run.machine
+    s = run.active
     windows = s.eval_tokens // s.block_size or run.data.val.windows(s.block_size)
-    mine = range(m.rank, windows, m.world)
-    total = within_memory(run, lambda run: local_validation_loss(run, mine))
-    if m.world > 1:
-        dist.all_reduce(total)
-    return total / windows
+    return mean_loss(run, run.data.val, range(windows))
+
+
+def losses_ahead(run):
+    """Losses of the weights as they are, on the batches of the next few updates."""
+    s, stream = run.active, run.data.train
+    for step in range(run.progress.step, run.progress.step + 4):
+        batch = range(step * effective_batch(s), (step + 1) * effective_batch(s))
+        windows = window_order(batch, stream.windows(s.block_size), s.seed)
+        yield mean_loss(run, stream, windows).item()
+
+
+def mean_loss(run, stream, windows):
+    """Mean loss over these windows of a stream, divided among the ranks."""
+    m = run.machine
+    mine = windows[m.rank::m.world]
+    total = within_memory(run, lambda run: local_loss(run, stream, mine))
+    ranks.combine(run, [total])
+    return total / len(windows)
 
 
 @torch.no_grad()
-def local_validation_loss(run, windows):
+def local_loss(run, stream, windows):
     """Sum of the losses of these windows; unscored rows fill up the last batch: one shape."""
     s = run.active
     total = torch.zeros((), dtype=torch.float64, device=run.machine.device)
@@ -286,7 +306,7 @@ def local_validation_loss(run, windows):
     for i in range(0, len(windows), s.batch_size):
         chosen = list(windows[i:i + s.batch_size])
         filled = chosen + [chosen[-1]] * (s.batch_size - len(chosen))
-        idx, targets = inputs_and_targets(run.machine.device, run.data.val, filled, s.block_size)
+        idx, targets = inputs_and_targets(run.machine.device, stream, filled, s.block_size)
         targets[len(chosen):] = -1  # not scored
         total += run.model(idx, targets).double() * len(chosen)
     return total
@@ -297,6 +317,7 @@ def evaluate_and_keep_best(run):
     s, p = run.settings, run.progress
     with paused(run):
         stop_if_bad(run)
+        ranks.check_same_run(run)
         p.val_loss = evaluate(run).item()
         if not math.isfinite(p.val_loss):
             raise Stop('nan', 3, f'step {p.step}: the validation loss is {p.val_loss}; nothing of '
@@ -307,9 +328,9 @@ def evaluate_and_keep_best(run):
         run.log.measure(dict(step=p.step, val_loss=p.val_loss, val_ppl=perplexity,
                              sparsity=sparsity(run)))
         half_pruned = run.pruner and not run.pruner.frozen  # a best of those is of no use
-        if p.val_loss < p.best_val_loss and not half_pruned:
+        if p.val_loss < p.best_val_loss and not half_pruned and p.step > 0:
             p.best_val_loss = p.val_loss
-            if p.step > 0 and run.log.write:
+            if run.log.write:
                 save_best(run)
 
 
@@ -386,9 +407,9 @@ def log_step(run, loss, norm):
     run.log.say(f'step {p.step:>6}  loss {loss:7.4f}  norm {norm.item():5.2f}  lr {lr:.1e}  '
                 f'{rate / 1e3:6.1f}k tok/s  {told}{memory["allocated"] / 2**30:4.1f} GiB  '
                 f'eta {clock(seconds * (s.max_iters - p.step))}')
-    report_graphs(run)
-    if p.step % s.log_interval == 0:  # where a run is split into sessions must not matter
-        guard_against_divergence(run, loss)
+    guards.report_graphs(run)
+    if p.step % s.log_interval == 0 or p.step == 1:  # wherever a run is split into sessions
+        guards.guard_against_divergence(run, loss)
 
 
 def spikes(run):
@@ -400,16 +421,7 @@ def elapsed(run):
     return run.progress.seconds + time.monotonic() - run.began
 
 
-def stop_if_bad(run):
-    step = run.bad_step.item()
-    if step >= 0:
-        run.progress.step = step  # gradients have been 0 since
-        raise Stop('nan', 3, f'step {step + 1}: the loss or its gradient is not finite; the run '
-                             'stopped before that update. Likely a learning rate too high or a '
-                             'bad batch; the last checkpoint is from before it')
-
-
-# --- saving and stopping --------------------------------------------------------------------------
+# --- saving ---------------------------------------------------------------------------------------
 
 
 def identity(run):
@@ -425,11 +437,18 @@ def identity(run):
     )
 
 
-def save(run, at_end=False):
-    """Everything needed to continue, to last.pt; before the end not while the loss is too high."""
+def save(run):
+    """Everything needed to continue, to last.pt. False, and nothing, while the loss is too high."""
     with paused(run):
         stop_if_bad(run)
-        if run.log.write and (at_end or run.progress.above_since < 0):
+        ranks.check_same_run(run)
+        limit = guards.highest_loss(run)
+        if not any(loss < limit for loss in losses_ahead(run)):
+            run.log.say(f'WARNING: step {run.progress.step} is not saved, its loss is above '
+                        f'{limit:.3f}, which is too high')
+            return False
+        if run.log.write:
+            run.log.sync()
             path = os.path.join(run.settings.out_dir, 'last.pt')
             save_checkpoint(path, {
                 **identity(run),
@@ -437,42 +456,28 @@ def save(run, at_end=False):
                 'weights': weights_of(run),
                 'optimizer': run.optimizer.state_dict(),
                 'pruner': run.pruner.state_dict() if run.pruner else None,
-            })
+            }, keep='previous.pt')
+            run.saved_sparsity = sparsities(run)
+    return True
 
 
-def stop_if_signalled(run):
-    """After SIGTERM or Ctrl-C: save and stop. Several ranks agree at log steps, where they wait."""
-    stop = run.stop_signal
-    if run.machine.world > 1:
-        if run.mark_step != run.progress.step:
-            return
-        shared = torch.tensor(stop, device=run.machine.device)
-        dist.all_reduce(shared, op=dist.ReduceOp.MAX)
-        stop = int(shared.item())
-    if stop:
-        save(run)
-        if run.machine.world > 1:
-            dist.barrier()  # torchrun kills the others as soon as one has ended
-        name, step = signal.Signals(stop).name, run.progress.step
-        told = f'saved at step {step}'
-        if run.progress.above_since >= 0:
-            told = f'not saved at step {step}, because its loss is too high'
-        raise Stop(name.lower(), 128 + stop,
-                   f'{name}: {told}; continue with --init_from=resume')
+def sparsities(run):
+    """{name: value} of what the summary says of pruning."""
+    pruned = run.pruner.pruned if run.pruner else 0
+    layers = run.pruner.sparsity_by_name() if run.pruner else {}
+    return dict(sparsity=sparsity(run), sparsity_all=pruned / run.model.parameter_count(),
+                sparsity_by_layer=layers)
 
 
 def write_summary(run, reason):
     """summary.json, whatever way the run ended."""
     s, p = run.settings, run.progress
     memory = peak_memory(run.machine.device)
-    pruned = run.pruner.pruned if run.pruner else 0
-    layers = run.pruner.sparsity_by_name() if run.pruner else {}
     if run.log.write:
         write_json(os.path.join(s.out_dir, 'summary.json'), dict(
             steps=p.step, tokens=p.step * effective_batch(s) * s.block_size,
             val_loss=p.val_loss, val_ppl=perplexity_of(p.val_loss),
-            best_val_loss=p.best_val_loss, sparsity=sparsity(run),
-            sparsity_all=pruned / run.model.parameter_count(), sparsity_by_layer=layers,
+            best_val_loss=p.best_val_loss, **run.saved_sparsity,
             tokens_per_second=run.speed.get('tokens_per_second'), mfu=run.speed.get('mfu'),
             peak_memory_bytes=memory['allocated'], peak_reserved_bytes=memory['reserved'],
             compiled_graphs=run.graphs[0], graph_breaks=run.graphs[1],
@@ -491,14 +496,12 @@ def build_optimizer(s, flats):
     optimizer = optim.OPTIMIZERS[s.optimizer](groups, s, flats, s.compile)
     if s.prune_score == 'none':
         return optimizer, None
-    spam = isinstance(optimizer, optim.AdamWSPAM)
     pruner = prune.Pruner(
         optimizer, score=s.prune_score, target_sparsity=s.target_sparsity, start=s.prune_start,
         end=s.prune_end, interval=s.prune_interval, schedule=s.prune_schedule,
         regrow=s.prune_regrow >= 0, srste=max(0.0, s.prune_regrow), pattern=s.prune_pattern,
         allocation=s.prune_allocation, lr_power=s.prune_lr_power,
-        allow_extra_memory=True,  # the preflight table says what bitter10 takes
-        hold=optimizer.recovering if spam else None)
+        allow_extra_memory=True)  # the preflight table says what bitter10 takes
     return optimizer, pruner
 
 
@@ -530,18 +533,18 @@ def read_settings(argv):
     return s, machine, data
 
 
-def prepare_run(argv):
-    """A Run ready to train, as the command line wants it. Refused: impossible; Stop: finished."""
-    s, machine, data = read_settings(argv)
+def prepare_run(s, machine, data):
+    """A Run ready to train, of what read_settings found. Refused: impossible; Stop: finished."""
+    if problems := preflight.check_out_dir(s, 0):  # again, because now it is locked
+        raise Refused(problems)
     saved = preflight.checkpoint_to_resume(s, data)  # that it is the same run is checked first
-    if saved and preflight.is_finished(s):
+    if saved and preflight.is_finished(s, saved):
         raise Stop('finished', 0, f'{s.out_dir} holds this run, finished; nothing to do')
     if s.deterministic:
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # cuBLAS repeats itself with it
     if machine.device.type == 'cuda':
         torch.cuda.set_device(machine.device)
-    if machine.world > 1 and not dist.is_initialized():
-        dist.init_process_group('nccl' if machine.device.type == 'cuda' else 'gloo')
+    ranks.join(machine)
     return build(s, machine, data, saved)
 
 
@@ -568,10 +571,16 @@ def build(s, machine, data, saved):
             progress.rung = 0  # it counts on the old ladder
     active = settings_on_rung(s, progress.rung)
     keep_until = progress.step if saved else None
-    log = RunLog(s.out_dir, s.tracker, asdict(s), keep_until, write=machine.rank == 0)
     bad_step = torch.full((), -1, dtype=torch.int64, device=machine.device)
-    run = Run(s, active, machine, data, log, model, flats, optimizer, pruner, progress, bad_step,
+    run = Run(s, active, machine, data, model, flats, optimizer, pruner, progress, bad_step,
               mark_step=progress.step, start_step=progress.step)
+    ranks.check_same_run(run)  # before anything is written
+    run.log = RunLog(s.out_dir, s.tracker, asdict(s), keep_until, write=machine.rank == 0)
+    for note in saved['notes'] if saved else []:
+        run.log.say(f'note: {note}')
+    if pruner:
+        pruner.hold = lambda: masks_wait(run)
+    run.saved_sparsity = sparsities(run)
     set_up_model(run)
     return run
 
@@ -581,13 +590,16 @@ def main(argv):
     if '--help' in arguments(Settings, argv):
         print(help_text(Settings, __doc__))
         return 0
-    try:
-        run = prepare_run(argv)
-    except Stop as stop:
-        print(stop)
-        return stop.code
-    preflight.announce(run)
-    return finish(run)
+    s, machine, data = read_settings(argv)
+    with preflight.out_dir_locked(s, machine):
+        try:
+            run = prepare_run(s, machine, data)
+        except Stop as stop:
+            if machine.rank == 0:
+                print(stop)
+            return stop.code
+        preflight.announce(run)
+        return finish(run)
 
 
 def finish(run):
@@ -595,7 +607,7 @@ def finish(run):
     reason, code = 'error', 1
     run.mark = time.monotonic()
     try:
-        with signals_noted(run):
+        with guards.signals_noted(run):
             train(run)
         reason, code = 'finished', 0
         p = run.progress
@@ -612,16 +624,14 @@ def finish(run):
     finally:
         write_summary(run, reason)
         run.log.close()
+    if reason != ranks.LOST:
+        ranks.part(run)
     return code
 
 
 if __name__ == '__main__':
     try:
-        exit_code = main(sys.argv[1:])
-    except Refused as refused:
-        exit_code = refused.report() if os.environ.get('RANK', '0') == '0' else 2
-    except KeyboardInterrupt:  # before the first step, or the second Ctrl-C
-        exit_code = 130
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    sys.exit(exit_code)
+        run_command(main)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

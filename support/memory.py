@@ -1,14 +1,15 @@
 """Out of memory is not the end: the same step in smaller micro-batches, with the same loss."""
 import gc
+import re
 from dataclasses import replace
 
 import torch
 import torch._functorch.config
-import torch.distributed as dist
 from torch._dynamo.utils import counters
 
 from support.guards import NOTHING_COMPILED, Stop
-from support.settings import Refused
+from support.ranks import highest
+from support.settings import MEMORY, Refused
 
 
 def ladder(s):
@@ -37,28 +38,22 @@ def rung_label(run):
     return f'micro-batches of {run.active.batch_size}'
 
 
-AGREED_STEPS = 2  # of a session, in which ranks agree, because agreeing means waiting; the first
-# step makes the moments, so that the second needs the most
-
-
 def within_memory(run, work):
     """work(run), one rung further down the ladder each time memory runs out."""
     while True:
         failure = None
         try:
             result = work(run)
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if 'found no compiled frames' in str(error):  # PyTorch with TORCH_COMPILE_DISABLE=1
                 raise Refused(NOTHING_COMPILED) from None
-            if 'out of memory' not in str(error).lower():  # inside the compiler it comes wrapped
+            told = str(error) or type(error).__name__
+            if not re.search(MEMORY, told, re.IGNORECASE):  # inside the compiler it comes wrapped
                 raise
-            sentences = str(error).splitlines()[0].split('. ')  # the rest is about the allocator
+            sentences = told.splitlines()[0].split('. ')  # the rest is about the allocator
             failure = '. '.join(sentences[:2]).rstrip('.')
-        if run.machine.world > 1 and run.progress.step < run.start_step + AGREED_STEPS:
-            failed = torch.tensor(float(failure is not None), device=run.machine.device)
-            dist.all_reduce(failed)
-            if failed.item():
-                failure = failure or 'another rank ran out of memory'
+        if highest(run, failure is not None):
+            failure = failure or 'another rank ran out of memory'
         if failure is None:
             return result
         step_down(run, failure)  # not inside `except`: the error keeps tensors of its frames alive
@@ -68,10 +63,6 @@ def step_down(run, failure):
     """The next rung of the ladder, or Stop."""
     p = run.progress
     last = len(ladder(run.settings)) - 1
-    if run.machine.world > 1 and p.step >= run.start_step + AGREED_STEPS:
-        raise Stop('out of memory', 1, f'step {p.step + 1}: {failure}. The ranks agree on smaller '
-                                       f'micro-batches in the first {AGREED_STEPS} steps only; '
-                                       'continue with --init_from=resume and half --batch_size')
     if p.rung == last:
         raise Stop('out of memory', 1, f'step {p.step + 1}: {failure}. Micro-batches of one row '
                                        'are the last rung; use a smaller model or block_size')

@@ -1,0 +1,115 @@
+"""The processes of one run: how they meet, agree, and notice that one of them is missing."""
+import contextlib
+import os
+import sys
+import threading
+import time
+import zlib
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from support.guards import Stop
+from support.settings import Refused
+
+PATIENCE = timedelta(minutes=5)  # that ranks have with each other ...
+PATIENCE_AT_FIRST = timedelta(minutes=30)  # ... once all have done a step: compiling takes long
+ROLL_CALL = 5.0  # seconds in which a rank that lives answers
+LOST = 'rank lost'  # reason of the Stop after which nobody is waited for
+PLACES = {'out_dir', 'data_dir', 'device'}  # settings that each machine may have of its own
+
+
+def join(machine):
+    """Meet the other processes of the run. Refused: they cannot be reached."""
+    if machine.world == 1 or dist.is_initialized():
+        return
+    # The hosts agree by gloo, so that a GPU's work is never waited for.
+    backend = 'cpu:gloo,cuda:nccl' if machine.device.type == 'cuda' else 'gloo'
+    try:
+        store, _, _ = next(dist.rendezvous('env://', timeout=PATIENCE_AT_FIRST))
+        # torchrun's store outlives a restart, and in it the addresses of processes that are gone.
+        store = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), store)
+        dist.init_process_group(backend, store=store, rank=machine.rank, world_size=machine.world)
+    except (RuntimeError, ValueError) as error:
+        raise Refused(f'WORLD_SIZE={machine.world}: the processes do not meet at MASTER_ADDR='
+                      f'{os.environ["MASTER_ADDR"]} MASTER_PORT={os.environ["MASTER_PORT"]} '
+                      f'({first_line(error)}); start all, with an address that all reach') from None
+
+
+def combine(run, tensors, op=dist.ReduceOp.SUM):
+    """Each tensor becomes the sum over all ranks, or their `op`. Stop: a rank is missing."""
+    if run.machine.world == 1:
+        return
+    first = run.progress.step == run.start_step
+    dist.distributed_c10d._set_pg_timeout(PATIENCE_AT_FIRST if first else PATIENCE)
+    try:
+        for tensor in tensors:
+            dist.all_reduce(tensor, op)
+    except RuntimeError as error:
+        missing = missing_ranks(run.machine)
+        told = (f'step {run.progress.step}: no answer from rank {", ".join(map(str, missing))} '
+                f'({first_line(error)}); see its machine and what it said, and continue with '
+                '--init_from=resume')
+        if 0 in missing:  # else it says so
+            print(f'rank {run.machine.rank}: {told}', file=sys.stderr, flush=True)
+        raise Stop(LOST, 1, told) from None
+
+
+def highest(run, number):
+    """The highest of the ranks' numbers; waits for the other processes, never for a GPU."""
+    shared = torch.tensor(int(number))
+    combine(run, [shared], dist.ReduceOp.MAX)
+    return int(shared)
+
+
+def missing_ranks(machine):
+    """Numbers of the ranks that do not answer when all are called in the store."""
+    store = dist.distributed_c10d._get_default_store()
+    names = [f'present {rank}' for rank in range(machine.world)]
+    answers = []  # a bool a rank
+
+    def call():
+        with contextlib.suppress(RuntimeError):  # the store is gone
+            store.set(names[machine.rank], '')
+            time.sleep(ROLL_CALL)
+            answers.extend(store.check([name]) for name in names)
+
+    caller = threading.Thread(target=call, daemon=True)  # because a store that stopped hangs
+    caller.start()
+    caller.join(2 * ROLL_CALL)
+    answers = answers or [False]  # the store is that of rank 0, or of torchrun beside it
+    return [rank for rank, answer in enumerate(answers) if not answer]
+
+
+def first_line(error):
+    """Of an error of torch.distributed, without the place in its source."""
+    return str(error).splitlines()[0].rpartition('] ')[2]
+
+
+def part(run):
+    """Wait for the others before the end, because torchrun kills the rest as soon as one ends."""
+    with contextlib.suppress(Stop):  # one that is missing has been named
+        highest(run, 0)
+
+
+def check_same_run(run):
+    """Stop, on all ranks, where they differ in what they hold."""
+    if run.machine.world == 1:
+        return
+    masters = [flat.masters.view(torch.int32).sum(dtype=torch.int64) for flat in run.flats]
+    masks = 0
+    for mask in run.pruner.masks.values() if run.pruner else ():
+        masks = zlib.crc32(mask.cpu().numpy(), masks)
+    held = {'step': run.progress.step, 'weights': int(sum(masters)), 'masks': masks}
+    for key, value in {**vars(run.settings), 'data': run.data.fingerprint}.items():
+        if key not in PLACES:
+            held[key] = zlib.crc32(repr(value).encode())  # hash() differs between processes
+    numbers = torch.tensor(list(held.values()))
+    extremes = torch.stack([numbers, -numbers])
+    combine(run, [extremes], dist.ReduceOp.MAX)
+    differ = [name for name, high, low in zip(held, *extremes.tolist()) if high != -low]
+    if differ:
+        raise Stop('ranks differ', 1, f'step {run.progress.step}: the ranks hold different runs '
+                                      f'(not the same: {", ".join(differ)}); nothing was saved. '
+                                      'All must read the same settings, data and out_dir')
