@@ -537,6 +537,7 @@ def prepare_run(s, machine, data):
     """A Run ready to train, of what read_settings found. Refused: impossible; Stop: finished."""
     if problems := preflight.check_out_dir(s, 0):  # again, because now it is locked
         raise Refused(problems)
+    ranks.check_restart(s.out_dir)
     saved = preflight.checkpoint_to_resume(s, data)  # that it is the same run is checked first
     if saved and preflight.is_finished(s, saved):
         raise Stop('finished', 0, f'{s.out_dir} holds this run, finished; nothing to do')

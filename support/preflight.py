@@ -1,4 +1,5 @@
 """Before the first step: what machine, data and run directory make impossible, and a table."""
+import contextlib
 import os
 import shutil
 from dataclasses import asdict
@@ -8,7 +9,7 @@ import torch
 from kernels import float8
 from model import attention_backend
 from support.checks import without_effect
-from support.files import read_json, write_json
+from support.files import locked, read_json, write_json
 from support.rundir import load_checkpoint, provenance, size
 from support.settings import Refused, changed
 from support.shards import data_folder, open_data
@@ -17,6 +18,7 @@ from support.shards import data_folder, open_data
 FREE_ON_RESUME = set('''out_dir init_from device compile tracker data_dir batch_size
     gradient_accumulation_steps loss_chunk_tokens activation_budget lr_decay_iters max_iters
     eval_interval eval_tokens log_interval save_interval deterministic'''.split())
+CHECKPOINTS = ('last.pt', 'previous.pt')  # that a run continues from, the newest first
 
 
 def effective_batch(s):
@@ -75,14 +77,14 @@ def find_data(s):
 def check_out_dir(s, bytes_needed):
     """Problems of the run directory: another run in it, no right to write, no room on the disk."""
     problems = []
-    there = [f for f in ('last.pt', 'best.pt', 'summary.json')
+    there = [f for f in (*CHECKPOINTS, 'best.pt', 'summary.json')
              if os.path.exists(os.path.join(s.out_dir, f))]
     if starts_anew(s) and there:
-        problems.append(f"out_dir='{s.out_dir}' holds another run; continue it with "
-                        '--init_from=resume or choose another --out_dir')
-    if s.init_from == 'resume' and 'last.pt' not in there:
+        problems.append(f"out_dir='{s.out_dir}' holds another run; --init_from=auto continues it, "
+                        'or begins it again if it has no checkpoint; or choose another --out_dir')
+    if s.init_from == 'resume' and not set(there) & set(CHECKPOINTS):
         problems.append(f"init_from='resume': no checkpoint {s.out_dir}/last.pt; check the folder, "
-                        'or start with --init_from=scratch')
+                        'or start with --init_from=auto')
     parent = os.path.abspath(s.out_dir)
     while not os.path.exists(parent):
         parent = os.path.dirname(parent)
@@ -96,25 +98,49 @@ def check_out_dir(s, bytes_needed):
     return problems
 
 
-def is_finished(s):
-    """True if out_dir already holds this run with all its updates done."""
+def out_dir_locked(s, machine):
+    """A context in which no other run works in out_dir; the first rank answers for all."""
+    if machine.rank > 0:
+        return contextlib.nullcontext()
+    return locked(s.out_dir, f"out_dir='{s.out_dir}': another process trains there; wait for it, "
+                             'or choose another --out_dir')
+
+
+def is_finished(s, saved):
+    """True if out_dir already holds this run with all its updates done, and `saved` is its end."""
     summary = read_json(os.path.join(s.out_dir, 'summary.json'))
-    return (bool(summary) and summary['exit_reason'] == 'finished'
-            and summary['steps'] >= s.max_iters)
+    finished = bool(summary) and summary['exit_reason'] == 'finished'
+    return finished and saved['step'] >= s.max_iters
+
+
+def newest_checkpoint(folder):
+    """The content of last.pt or, if that is damaged or missing, of previous.pt, and `notes`."""
+    path, previous = (os.path.join(folder, name) for name in CHECKPOINTS)
+    try:
+        return {**load_checkpoint(path), 'notes': []}
+    except Refused as refused:
+        if not os.path.exists(previous):
+            raise
+        damage = str(refused).split(';')[0]
+    saved = load_checkpoint(previous)
+    with contextlib.suppress(FileNotFoundError):
+        os.replace(path, f'{path}.damaged')  # lest it become the next previous.pt
+    return {**saved, 'notes': [f'{damage}; continuing from {previous}, step {saved["step"]}']}
 
 
 def checkpoint_to_resume(s, data):
-    """The content of last.pt if the run is to be continued, else None; Refused if it is another."""
-    path = os.path.join(s.out_dir, 'last.pt')
-    if starts_anew(s) or (s.init_from == 'auto' and not os.path.exists(path)):
+    """What a run is to be continued from, and `notes` to say; None if it begins. Refused if it is
+    another run, or one that has done more than is asked for."""
+    there = [os.path.exists(os.path.join(s.out_dir, name)) for name in CHECKPOINTS]
+    if starts_anew(s) or not any(there):
         return None
-    saved = load_checkpoint(path)
+    saved = newest_checkpoint(s.out_dir)
     if 'progress' not in saved:
-        raise Refused(f'{path} holds weights only, like a best.pt: not enough to resume from; '
-                      'restore the last.pt of this run')
-    unknown = sorted(set(saved['settings']) - set(vars(s)))
+        raise Refused(f'{s.out_dir}/last.pt holds weights only, like a best.pt: not enough to '
+                      'resume from; restore the last.pt of this run')
+    unknown = ', '.join(sorted(set(saved['settings']) - set(vars(s))))
     if unknown:
-        print(f'note: {path} has settings that this version does not know: {", ".join(unknown)}')
+        saved['notes'].append(f'the run has settings that this version does not know: {unknown}')
     defaults = vars(type(s)())  # what a setting newer than the run was
     then = fixed_on_resume({**defaults, **saved['settings']})
     problems = [
@@ -122,6 +148,9 @@ def checkpoint_to_resume(s, data):
         'another run with another --out_dir'
         for key, value in fixed_on_resume(vars(s)).items() if value != then[key]
     ]
+    if saved['step'] > s.max_iters:
+        problems.append(f'max_iters={s.max_iters}: the run in {s.out_dir} has done {saved["step"]} '
+                        'updates; ask for as many, or start another run with another --out_dir')
     if saved['fingerprint'] != data.fingerprint:
         folder = data_folder(s.data_dir, s.dataset)
         problems.append(
@@ -177,7 +206,10 @@ def rows_of(run):
     in_float8 = '; training multiplies in float8 in MLP and head' if s.fp8 else ''
     kernel = attention_backend(run.model.config, m.device, m.dtype)
     if kernel == 'math' and m.device.type == 'cuda':
-        kernel = 'math: UNFUSED, slow and O(block_size^2) memory; try bfloat16, another head width'
+        hint = 'try bfloat16, another head width'
+        if torch.version.hip and not os.environ.get('TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL'):
+            hint = 'set TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL=1'
+        kernel = f'math: UNFUSED, slow and O(block_size^2) memory; {hint}'
     pruning = 'none'
     if run.pruner:
         factor = (1 - s.target_sparsity) ** -s.prune_lr_power
