@@ -146,7 +146,7 @@ def table(r):
 
 def profile_ours(told, trace, steps=3):
     """Print which operators or kernels take the time of train.py's steps. trace: file to write."""
-    run = train.prepare_run(told)
+    run = train.prepare_run(*train.read_settings(told))
     for _ in range(steps):
         train.one_step(run)  # compiles
     with torch.profiler.profile() as profiler:
