@@ -27,34 +27,65 @@ class Machine(NamedTuple):
 
 def find_machine(asked, dtype):
     """(Machine, problems) for the settings device and dtype; ranks are torchrun's environment."""
-    kind, problems = find_device(asked)
+    place, problems = find_place()
+    kind, more = find_device(asked, place['LOCAL_RANK'])
     device = torch.device(kind)
     gpu = device.type == 'cuda'
+    imitated = gpu and torch.cuda.get_device_capability(device) < (8, 0)
     numbers = torch.float32
-    if dtype == 'bfloat16' or (dtype == 'auto' and gpu):
+    if dtype == 'bfloat16' or (dtype == 'auto' and gpu and not imitated):
         numbers = torch.bfloat16
     name = f'CPU, {torch.get_num_threads()} threads'
     peak = None
     if gpu:
         name = torch.cuda.get_device_name(device)
         peak = next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
-    rank = int(os.environ.get('RANK', 0))
-    world = int(os.environ.get('WORLD_SIZE', 1))
-    return Machine(device, numbers, rank, world, name, peak), problems
+        name += ' (without bfloat16)' if imitated else ''
+    return (Machine(device, numbers, place['RANK'], place['WORLD_SIZE'], name, peak),
+            problems + more)
 
 
-def find_device(asked):
+def find_place():
+    """({'RANK', 'WORLD_SIZE', 'LOCAL_RANK': number}, problems) of the environment that torchrun
+    gives a process."""
+    place = dict(RANK=0, WORLD_SIZE=1, LOCAL_RANK=0)
+    told = {name: os.environ[name] for name in place if name in os.environ}
+    problems = [f'{name}={text!r} in the environment is no whole number; {LAUNCH}'
+                for name, text in told.items() if not re.fullmatch('[0-9]{1,9}', text)]
+    if problems:
+        return place, problems
+    place.update({name: int(text) for name, text in told.items()})
+    rank, world = place['RANK'], place['WORLD_SIZE']
+    if rank >= world:
+        problems.append(f'RANK={rank} in the environment is not below WORLD_SIZE={world}; {LAUNCH}')
+    missing = [name for name in ('RANK', 'MASTER_ADDR', 'MASTER_PORT') if not os.environ.get(name)]
+    if world > 1 and missing:
+        problems.append(f'WORLD_SIZE={world} is in the environment without {", ".join(missing)}; '
+                        f'{LAUNCH}')
+    return place, problems
+
+
+LAUNCH = 'start several processes with torchrun, or unset it for a single one'
+
+
+def find_device(asked, local_rank):
     """(name of the torch device, problems); a device that cannot be had becomes the CPU."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if asked == 'mps':
+        return 'cpu', ["device='mps': up to PyTorch 2.12.1 its causal attention in half precision "
+                       'sees future keys (pytorch#195910); use --device=cpu']
     if not re.fullmatch(r'auto|cpu|cuda(:\d+)?', asked):
         return 'cpu', [f'device={asked!r}: must be auto, cpu, cuda or cuda:N']
     if asked == 'cpu' or (asked == 'auto' and not gpus):
         return 'cpu', []
-    number = int(asked.partition(':')[2] or os.environ.get('LOCAL_RANK', 0))
+    number = int(asked.partition(':')[2] or local_rank)
     if number < gpus:
         return f'cuda:{number}', []
+    fix = 'use --device=cpu or a build for your GPU'
+    if gpus and ':' not in asked:
+        fix = f'LOCAL_RANK={number} asks for it: start no more processes than there are GPUs'
     return 'cpu', [f"device='{asked}': GPU {number} is not among the {gpus} that this PyTorch "
-                   f'({torch.__version__}) sees; use --device=cpu or a build for your GPU']
+                   f'({torch.__version__}) sees; {fix}']
 
 
 def peak_memory(device):

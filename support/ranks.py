@@ -10,12 +10,14 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from support.files import read_json
 from support.guards import Stop
 from support.settings import Refused
 
 PATIENCE = timedelta(minutes=5)  # that ranks have with each other ...
 PATIENCE_AT_FIRST = timedelta(minutes=30)  # ... once all have done a step: compiling takes long
 ROLL_CALL = 5.0  # seconds in which a rank that lives answers
+FINAL = ('nan', 'diverged', 'unsaved', 'refused')  # exit reasons of codes 2 and 3
 LOST = 'rank lost'  # reason of the Stop after which nobody is waited for
 PLACES = {'out_dir', 'data_dir', 'device'}  # settings that each machine may have of its own
 
@@ -35,6 +37,19 @@ def join(machine):
         raise Refused(f'WORLD_SIZE={machine.world}: the processes do not meet at MASTER_ADDR='
                       f'{os.environ["MASTER_ADDR"]} MASTER_PORT={os.environ["MASTER_PORT"]} '
                       f'({first_line(error)}); start all, with an address that all reach') from None
+
+
+def check_restart(out_dir):
+    """Refused: torchrun starts a run again that would end as before."""
+    if os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') == '0':
+        return
+    path, config = (os.path.join(out_dir, name) for name in ('summary.json', 'config.json'))
+    summary = read_json(path, ['exit_reason'])
+    if not summary or summary['exit_reason'] not in FINAL:
+        return
+    if os.path.getmtime(path) > os.path.getmtime(config):  # else it is of an earlier session
+        raise Refused(f"out_dir='{out_dir}': the run ended as {summary['exit_reason']!r}, which "
+                      'another start does not change; its train.log says what does')
 
 
 def combine(run, tensors, op=dist.ReduceOp.SUM):

@@ -7,11 +7,12 @@ from support.machine import find_machine, peak_memory
 
 @pytest.fixture
 def gpus(monkeypatch):
-    """A function: this PyTorch sees so many GPUs of this name."""
-    def pretend(count, name='NVIDIA H100 80GB HBM3'):
+    """A function: this PyTorch sees so many GPUs of this name and compute capability."""
+    def pretend(count, name='NVIDIA H100 80GB HBM3', capability=(9, 0)):
         monkeypatch.setattr(torch.cuda, 'is_available', lambda: count > 0)
         monkeypatch.setattr(torch.cuda, 'device_count', lambda: count)
         monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: name)
+        monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: capability)
     return pretend
 
 
@@ -40,11 +41,69 @@ def test_auto_takes_the_gpu_of_this_process_and_bfloat16(gpus, monkeypatch):
     monkeypatch.setenv('LOCAL_RANK', '2')
     monkeypatch.setenv('RANK', '6')
     monkeypatch.setenv('WORLD_SIZE', '8')
+    monkeypatch.setenv('MASTER_ADDR', 'localhost')
+    monkeypatch.setenv('MASTER_PORT', '29500')
     machine, problems = find_machine('auto', 'auto')
     assert problems == [] and machine.device == torch.device('cuda:2')
     assert (machine.dtype, machine.rank, machine.world) == (torch.bfloat16, 6, 8)
     assert machine.peak_flops == 989e12  # NVIDIA's data sheet: dense bfloat16 of an H100 SXM
     assert find_machine('cuda:1', 'float32')[0].device == torch.device('cuda:1')
+
+
+@pytest.mark.parametrize('name, capability', [('Tesla V100-SXM2-16GB', (7, 0)),
+                                              ('Tesla T4', (7, 5))])
+def test_a_gpu_that_only_imitates_bfloat16_works_in_float32(gpus, name, capability):
+    gpus(1, name, capability)
+    machine, problems = find_machine('auto', 'auto')
+    assert problems == [] and machine.device == torch.device('cuda:0')
+    assert machine.dtype == torch.float32
+    assert machine.name == f'{name} (without bfloat16)'  # the preflight table says it
+    assert find_machine('cuda', 'bfloat16')[0].dtype == torch.bfloat16  # who asks for it gets it
+    gpus(1, 'NVIDIA A100', (8, 0))
+    machine, _ = find_machine('auto', 'auto')
+    assert (machine.dtype, machine.name) == (torch.bfloat16, 'NVIDIA A100')
+
+
+def test_apples_gpu_is_refused_with_the_reason(gpus):
+    gpus(0)
+    assert find_machine('mps', 'auto')[1] == [
+        "device='mps': up to PyTorch 2.12.1 its causal attention in half precision sees future "
+        'keys (pytorch#195910); use --device=cpu']
+
+
+LAUNCH = 'start several processes with torchrun, or unset it for a single one'
+
+
+@pytest.mark.parametrize('environment, problems', [
+    (dict(RANK='', WORLD_SIZE='x2', LOCAL_RANK='-1'), [
+        f"{variable} in the environment is no whole number; {LAUNCH}"
+        for variable in ("RANK=''", "WORLD_SIZE='x2'", "LOCAL_RANK='-1'")]),
+    (dict(RANK='9' * 5000), [
+        f"RANK='{'9' * 5000}' in the environment is no whole number; {LAUNCH}"]),
+    (dict(RANK='3', WORLD_SIZE='2', MASTER_ADDR='a', MASTER_PORT='1'), [
+        f'RANK=3 in the environment is not below WORLD_SIZE=2; {LAUNCH}']),
+    (dict(RANK='1'), [f'RANK=1 in the environment is not below WORLD_SIZE=1; {LAUNCH}']),
+    (dict(WORLD_SIZE='2'), [
+        'WORLD_SIZE=2 is in the environment without RANK, MASTER_ADDR, MASTER_PORT; ' + LAUNCH]),
+    (dict(RANK='0', WORLD_SIZE='2', MASTER_ADDR='', MASTER_PORT='1'), [
+        'WORLD_SIZE=2 is in the environment without MASTER_ADDR; ' + LAUNCH]),
+    (dict(RANK='0', WORLD_SIZE='1', LOCAL_RANK='0'), []),
+])
+def test_launcher_variables_that_make_no_sense(gpus, monkeypatch, environment, problems):
+    gpus(0)
+    for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT'):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert find_machine('cpu', 'auto')[1] == problems
+
+
+def test_more_processes_than_gpus(gpus, monkeypatch):
+    gpus(2)
+    monkeypatch.setenv('LOCAL_RANK', '2')
+    assert find_machine('auto', 'auto')[1] == [
+        f"device='auto': GPU 2 is not among the 2 that this PyTorch ({torch.__version__}) sees; "
+        'LOCAL_RANK=2 asks for it: start no more processes than there are GPUs']
 
 
 @pytest.mark.parametrize('name, peak', [

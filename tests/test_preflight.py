@@ -22,7 +22,8 @@ H100 = Machine(torch.device('cuda:0'), torch.bfloat16, 0, 1, 'NVIDIA H100', 989e
 
 
 def test_micro_batches_that_do_not_divide_among_the_processes(tiny, monkeypatch):
-    monkeypatch.setenv('WORLD_SIZE', '4')
+    for name, value in dict(RANK=0, WORLD_SIZE=4, MASTER_ADDR='localhost', MASTER_PORT=1).items():
+        monkeypatch.setenv(name, str(value))
     assert refusal(train.main, tiny(gradient_accumulation_steps=6)) == [
         'gradient_accumulation_steps=6: counts those of all ranks, so it must be a multiple of the '
         '4 processes']
@@ -172,7 +173,7 @@ def test_all_mistakes_are_listed_at_once(tiny, tmp_path, monkeypatch):
 def announced(tiny, monkeypatch):
     """A function (machine, **settings) -> ({row: text}, [note]) of the table of a tiny run."""
     def announce(machine=CPU, kernel='flash', **changes):
-        run = train.prepare_run(tiny(**changes))
+        run = train.prepare_run(*train.read_settings(tiny(**changes)))
         said = []
         run.machine = machine
         monkeypatch.setattr(run.log, 'say', said.append)
@@ -238,8 +239,18 @@ def test_unfused_attention_on_a_gpu_is_told(announced):
     assert 'UNFUSED' not in announced(CPU, kernel='math')[0]['model']  # there is no other
 
 
+def test_rocm_without_its_attention_is_told_how_to_get_it(announced, monkeypatch):
+    variable = 'TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL'
+    monkeypatch.delenv(variable, raising=False)
+    assert variable not in announced(H100, kernel='math')[0]['model']
+    monkeypatch.setattr(torch.version, 'hip', '7.0')
+    assert f'set {variable}=1' in announced(H100, kernel='math')[0]['model']
+    monkeypatch.setenv(variable, '1')
+    assert 'another head width' in announced(H100, kernel='math')[0]['model']
+
+
 def test_announcement_is_printed_logged_and_kept(tiny, tmp_path, capsys):
-    run = train.prepare_run(tiny(**PRUNED, optimizer='adamwspam'))
+    run = train.prepare_run(*train.read_settings(tiny(**PRUNED, optimizer='adamwspam')))
     preflight.announce(run)
     run.log.close()
     printed = capsys.readouterr().out
