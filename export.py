@@ -109,6 +109,9 @@ def read_gpt2(path):
     except Exception as error:  # a dozen types, for a file that is damaged or absent
         raise Refused(f'{file} cannot be read ({error}); get it again, or load the weights with '
                       'transformers and save_pretrained them as one such file') from None
+    if config.n_layer > len(tensors):  # the layout of so many would take for ever
+        raise Refused(f'{file} has {len(tensors)} tensors, which is too few for n_layer='
+                      f'{config.n_layer} of config.json; get both again')
     names = {theirs: ours for ours, (theirs, _) in layout(config).items()}
     weights = {}
     for name, tensor in tensors.items():
@@ -189,8 +192,6 @@ def pretrained_problems(settings, data):
 # --- writing --------------------------------------------------------------------------------------
 
 TOLERANCE = 1e-4  # of the logits' standard deviation; rounding in float32 makes about 1e-6
-
-
 PROMPTS = (
     'The theory of evolution explains how species change over time.',
     'In 1969, two men walked on the Moon; a third one waited in orbit.',
@@ -253,29 +254,25 @@ def write_model(folder, config, weights, dtype):
 def byte_vocabulary():
     """{stand-in: byte} as in GPT-2's files, which hold printable characters alone: a byte that is
     none goes by the next character from number 256 on. And the end of a text."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    vocabulary = {chr(byte): byte for byte in printable}
-    vocabulary.update({chr(256 + n): byte for n, byte in enumerate(others)})
-    return {**vocabulary, EOT_TEXT: 256}
-
-
-def tokenizer_files(name):
-    """{name that transformers gives it: content}. GPT-2's are OpenAI's, which tiktoken caches;
-    bytes are a GPT-2 that merges nothing. Refused if they cannot be had."""
-    get_tokenizer(name)
-    if name == 'bytes':
-        vocabulary = json.dumps(byte_vocabulary()).encode()
-        return {'vocab.json': vocabulary, 'merges.txt': b'#version: 0.2\n'}
-    from tiktoken.load import read_file_cached
-    source = 'https://openaipublic.blob.core.windows.net/gpt-2/encodings/main'
-    names = {'vocab.json': 'encoder.json', 'merges.txt': 'vocab.bpe'}
-    return {ours: read_file_cached(f'{source}/{theirs}') for ours, theirs in names.items()}
+    printable = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != ' ']
+    hidden = [byte for byte in range(256) if byte not in printable]
+    characters = map(chr, [*printable, *range(256, 512)])
+    return {**dict(zip(characters, printable + hidden)), EOT_TEXT: 256}
 
 
 def write_tokenizer(folder, name, block_size):
-    """What AutoTokenizer reads."""
-    for file, content in tokenizer_files(name).items():
+    """The files that AutoTokenizer reads. GPT-2's are OpenAI's, which tiktoken caches (Refused if
+    they cannot be had); bytes are a GPT-2 that merges nothing."""
+    get_tokenizer(name)
+    if name == 'bytes':
+        vocabulary = json.dumps(byte_vocabulary()).encode()
+        merges = b'#version: 0.2\n'
+    else:
+        from tiktoken.load import read_file_cached
+        source = 'https://openaipublic.blob.core.windows.net/gpt-2/encodings/main'
+        vocabulary = read_file_cached(f'{source}/encoder.json')
+        merges = read_file_cached(f'{source}/vocab.bpe')
+    for file, content in (('vocab.json', vocabulary), ('merges.txt', merges)):
         with open(os.path.join(folder, file), 'wb') as f:
             f.write(content)
     write_json(os.path.join(folder, 'tokenizer_config.json'), dict(

@@ -3,14 +3,18 @@
 Working weights are what the model reads (bfloat16 on a GPU); masters, moments and accumulated
 gradients are float32. All lie in a few flat tensors, so that an update is one kernel each, and the
 optimizer is given views of the masters.
+
+In another project: copy optim.py and prune.py, which need nothing but torch.
 """
 import functools
 import itertools
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
+from torch.optim.optimizer import ParamsT
 
 import prune
 
@@ -221,15 +225,21 @@ def parts_of(group, flats):
     return parts + [Part([p]) for p in group['params'] if p in rest]
 
 
+Betas = tuple[float, float]
+NOT_OFFERED = ('amsgrad', 'maximize', 'foreach', 'capturable', 'differentiable', 'fused')
+
+
 class AdamW(torch.optim.Optimizer):
-    """Drop-in for torch.optim.AdamW with the same defaults. ValueError: a value out of range.
+    """Drop-in for torch.optim.AdamW with the same defaults. ValueError: what cannot be.
 
     state[p] has `step`, `exp_avg`, `exp_avg_sq`, and below float32 a float32 `master`. Parameters
     of `flats` are updated in one go, with compiled=True by one kernel; a deepcopy has no flats.
     """
 
-    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, *,
-                 flats=(), compiled=False):
+    def __init__(self, params: ParamsT, lr: float = 1e-3, betas: Betas = (0.9, 0.999),
+                 eps: float = 1e-8, weight_decay: float = 1e-2, *, flats: Sequence[Flat] = (),
+                 compiled: bool = False, **of_torch: Any):
+        self.refuse_options(of_torch)
         self.refuse_negative(lr=lr, eps=eps, weight_decay=weight_decay)
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f'{type(self).__name__}: betas={betas} must be at least 0 and below 1')
@@ -243,6 +253,20 @@ class AdamW(torch.optim.Optimizer):
         for name, value in values.items():
             if not value >= 0:
                 raise ValueError(f'{type(self).__name__}: {name}={value} must not be negative')
+
+    def refuse_options(self, of_torch):
+        for name, value in of_torch.items():
+            if name not in NOT_OFFERED:
+                raise TypeError(f'{type(self).__name__}: there is no argument {name}=')
+            if value:
+                raise ValueError(f'{type(self).__name__}: {name}={value!r} of torch.optim.AdamW is '
+                                 'not offered; leave it out')
+
+    def add_param_group(self, param_group):
+        super().add_param_group(param_group)
+        if any(p.is_complex() for p in self.param_groups[-1]['params']):
+            raise ValueError(f'{type(self).__name__}: complex parameters are not offered; keep '
+                             'their torch.view_as_real as the parameters')
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -309,16 +333,39 @@ class AdamW(torch.optim.Optimizer):
         return compiled(function) if self.compiled and part.grads is not None else function
 
     def load_state_dict(self, state_dict):
-        """As in torch, except that every tensor keeps the type it was saved in."""
-        super().load_state_dict({**state_dict, 'state': {}})  # torch would cast the state
+        """As in torch, except that every tensor keeps the type it was saved in; AdamW takes the
+        state of torch.optim.AdamW over. ValueError: the state of another optimizer."""
+        first, *others = state_dict['param_groups']
+        # Older files have beside the groups what now lies in the first one.
+        older = {key: state_dict[key] for key in self.defaults.keys() & state_dict.keys()}
+        device = self.param_groups[0]['params'][0].device
+        groups = [prune.copied({**older, **first}, device), *others]
+        self.check_state(groups, state_dict['state'])
+        # Without the state, because torch would cast it.
+        super().load_state_dict({**state_dict, 'state': {}, 'param_groups': groups})
+        keys = sum([group['params'] for group in groups], [])  # numbers, or the parameters' names
         parameters = sum([group['params'] for group in self.param_groups], [])
-        for number, state in state_dict['state'].items():
-            p = parameters[number]
-            self.state[p] = prune.copied(state, p.device)
+        for key, p in zip(keys, parameters):
+            if key in state_dict['state']:
+                self.state[p] = prune.copied(state_dict['state'][key], p.device)
         self.parts = []
 
+    def check_state(self, groups, states):
+        missing = self.defaults.keys() - groups[0].keys()
+        for state in states.values():
+            missing |= {'exp_avg', 'exp_avg_sq'} - state.keys()
+        if missing:
+            raise ValueError(f'{type(self).__name__}: this state is of another optimizer, because '
+                             f"it has no {', '.join(sorted(missing))}")
+        for group in groups:
+            self.refuse_options({key: group.get(key) for key in ('amsgrad', 'maximize')})
+
     def __getstate__(self):
-        return {**self.__dict__, 'flats': (), 'parts': []}
+        """Of a copy: as in torch no hooks, nor the step() that a learning-rate scheduler puts in
+        its place, which steps the original."""
+        kept = {key: value for key, value in self.__dict__.items() if not key.startswith('_')}
+        kept.pop('step', None)
+        return {**kept, 'flats': (), 'parts': []}
 
 
 # --- gradient spikes ------------------------------------------------------------------------------
@@ -379,7 +426,7 @@ def reference(optimizer, todo):
             optimizer.add_moment(part, 'max_exp_avg_sq')
         exp_avg, exp_avg_sq, _ = part.moments
         grad = part.gradient()
-        if optimizer.updates > 1:
+        if optimizer.memory['updates'] > 1:
             clip = optimizer.function_for(part, clip_spikes)
             cut += clip(grad, exp_avg_sq, theta, 1e-12)
         exp_avg.mul_(1 - 0.5 * fired.double())
@@ -464,10 +511,11 @@ class AdamWSPAM(AdamW):
     on one device.
     """
 
-    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, *,
-                 spam_mode='paper', spam_interval=500, spam_warmup=150, spam_theta=None,
-                 spam_grace=20, flats=(), compiled=False):
-        super().__init__(params, lr, betas, eps, weight_decay, flats=flats, compiled=compiled)
+    def __init__(self, params: ParamsT, lr: float = 1e-3, betas: Betas = (0.9, 0.999),
+                 eps: float = 1e-8, weight_decay: float = 1e-2, *, spam_mode: str = 'paper',
+                 spam_interval: int = 500, spam_warmup: int = 150,
+                 spam_theta: float | None = None, spam_grace: int = 20, **others: Any):
+        super().__init__(params, lr, betas, eps, weight_decay, **others)
         prune.known(f'{type(self).__name__}: spam_mode', spam_mode, SPAM_MODES)
         self.refuse_negative(spam_interval=spam_interval, spam_warmup=spam_warmup,
                              spam_theta=spam_theta or 0.0, spam_grace=spam_grace)
@@ -476,15 +524,22 @@ class AdamWSPAM(AdamW):
         self.spam_warmup = spam_warmup
         self.spam_theta = spam_theta
         self.spam_grace = spam_grace
-        self.updates = 0
         device = self.param_groups[0]['params'][0].device
-        self.memory = {  # what is remembered of all parameters together
+        self.defaults['spam'] = None  # of groups but the first
+        self.param_groups[0]['spam'] = {
+            'updates': 0,
             'counts': torch.zeros(3, dtype=torch.int64, device=device),  # as in counters
             'norms': torch.full((100,), -1.0, dtype=torch.float64, device=device),
         }
 
+    @property
+    def memory(self):
+        """What is remembered of all parameters together. The first group has it, because of an
+        optimizer torch.distributed.checkpoint saves groups and the parameters' own state alone."""
+        return self.param_groups[0]['spam']
+
     def update_all(self, todo):
-        self.updates += 1
+        self.memory['updates'] += 1
         cut, fired = SPAM_MODES[self.spam_mode](self, todo)
         self.memory['counts'][0].add_((cut > 0) | fired)
         self.memory['counts'][1].add_(cut)
@@ -492,27 +547,19 @@ class AdamWSPAM(AdamW):
 
     def since_reset(self):
         """Updates since the last reset, or since the start; 0 in the update with a reset."""
-        return self.updates % self.spam_interval if self.spam_interval else self.updates
+        updates = self.memory['updates']
+        return updates % self.spam_interval if self.spam_interval else updates
 
     def recovering(self):
         """Whether the last update lay in the warm-up after a reset, when moments say little: the
         one with the reset or the spam_warmup updates after it."""
-        was_reset = 0 < self.spam_interval <= self.updates
+        was_reset = 0 < self.spam_interval <= self.memory['updates']
         return was_reset and self.since_reset() <= self.spam_warmup
 
     def counters(self):
         """{'spikes': updates that cut something or met a spike of the norm, 'clipped': gradient
         elements, 'resets'}; waits for the device once."""
         return dict(zip(('spikes', 'clipped', 'resets'), self.memory['counts'].tolist()))
-
-    def state_dict(self):
-        return {**super().state_dict(), 'spam': dict(updates=self.updates, **self.memory)}
-
-    def load_state_dict(self, state_dict):
-        super().load_state_dict(state_dict)
-        self.updates = state_dict['spam']['updates']
-        for key, tensor in self.memory.items():
-            tensor.copy_(state_dict['spam'][key])
 
 
 # --- AdamW that prunes ----------------------------------------------------------------------------
@@ -525,21 +572,24 @@ class AdamWPrune(AdamWSPAM):
     The learning rate of groups with pruned parameters is multiplied by the pruner's rate_factor.
     """
 
-    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, *,
-                 base='adamw', score='bitter7', target_sparsity=0.5, flats=(), compiled=False,
-                 **others):
+    def __init__(self, params: ParamsT, lr: float = 1e-3, betas: Betas = (0.9, 0.999),
+                 eps: float = 1e-8, weight_decay: float = 1e-2, *, base: str = 'adamw',
+                 score: str = 'bitter7', target_sparsity: float = 0.5, **others: Any):
         prune.known('AdamWPrune: base', base, ('adamw', 'adamwspam'))
-        spam = {key: value for key, value in others.items() if key.startswith('spam_')}
-        pruning = {key: value for key, value in others.items() if key not in spam}
+        fields = prune.Pruner.__dataclass_fields__
+        pruning = {key: value for key, value in others.items() if key in fields}
+        rest = {key: value for key, value in others.items() if key not in fields}
+        spam = [key for key in rest if key.startswith('spam_')]
         if spam and base == 'adamw':
             raise ValueError(f"AdamWPrune: {', '.join(spam)} given, but base='adamw'")
-        super().__init__(params, lr, betas, eps, weight_decay, flats=flats, compiled=compiled,
-                         **spam)
+        super().__init__(params, lr, betas, eps, weight_decay, **rest)
         self.base = base
         self.pruner = prune.Pruner(self, score=score, target_sparsity=target_sparsity,
-                                   hold=self.recovering, **pruning)
+                                   hold=self.recovering, hooked=False, **pruning)
+        self.defaults['pruner'] = self.param_groups[0]['pruner'] = None  # state_dict() fills it
 
     def update_all(self, todo):
+        self.pruner.put_back()
         raised = []
         for group, part in todo:
             lr = group['lr'] * self.pruner.rate_factor(group)
@@ -553,24 +603,25 @@ class AdamWPrune(AdamWSPAM):
             self.state[p]['mask'] = mask
 
     def state_dict(self):
-        return {**super().state_dict(), 'pruner': self.pruner.state_dict()}
+        saved = super().state_dict()
+        saved['param_groups'][0]['pruner'] = self.pruner.state_dict()
+        return saved
 
     def load_state_dict(self, state_dict):
         super().load_state_dict(state_dict)
-        self.pruner.load_state_dict(state_dict['pruner'])
+        self.pruner.load_state_dict(self.param_groups[0]['pruner'])
+        self.param_groups[0]['pruner'] = None
 
 
 # --- by name --------------------------------------------------------------------------------------
 
 
-def build_adamw(groups, settings, flats, compiled):
-    s = settings
+def build_adamw(groups, s, flats, compiled):
     return AdamW(groups, s.learning_rate, (s.beta1, s.beta2), weight_decay=s.weight_decay,
                  flats=flats, compiled=compiled)
 
 
-def build_adamwspam(groups, settings, flats, compiled):
-    s = settings
+def build_adamwspam(groups, s, flats, compiled):
     return AdamWSPAM(groups, s.learning_rate, (s.beta1, s.beta2), weight_decay=s.weight_decay,
                      spam_mode=s.spam_mode, spam_interval=s.spam_interval,
                      spam_warmup=s.spam_warmup, flats=flats, compiled=compiled)

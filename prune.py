@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 
 import torch
+from torch import Tensor
 
 EPSILON = 1e-12  # keeps divisions finite; Adam's usual 1e-8 would be as large as sqrt(v) itself
 FLOOR = 0.01  # share of each matrix that always stays: an empty one cuts its block off
@@ -81,7 +82,9 @@ def inputs_of(name):
     return {INPUTS[argument] for argument in inspect.signature(SCORES[name]).parameters}
 
 
-def score(name, weight, exp_avg, exp_avg_sq, *, step, betas, initial=None, tracker=None):
+def score(name: str, weight: Tensor, exp_avg: Tensor | None, exp_avg_sq: Tensor | None, *,
+          step: int, betas: tuple[float, float] | None, initial: Tensor | None = None,
+          tracker: dict | None = None) -> Tensor:
     """What each weight of a matrix is worth, higher = keep: float32 of the shape of `weight`.
 
     exp_avg, exp_avg_sq: Adam's raw moments, None where the score uses none; step: updates done.
@@ -165,7 +168,7 @@ def most_that_can_go(sizes, sparsity, floor):
     return limits
 
 
-def select(scores, sparsity, floor=0.0):
+def select(scores: list[Tensor], sparsity: float, floor: float = 0.0) -> list[Tensor]:
     """Masks (True = keep) of a list of scores: the round(sparsity * n) lowest of all n go.
 
     floor: share of each tensor, rounded up, that stays whatever the others score: its highest. The
@@ -181,7 +184,7 @@ def select(scores, sparsity, floor=0.0):
     return [~each.view(s.shape) for each, s in zip(pruned, scores)]
 
 
-def select_2_4(scores):
+def select_2_4(scores: Tensor) -> Tensor:
     """Mask of a matrix (..., inputs): the two highest of each four neighbours along the inputs,
     which sparse tensor cores want. Ties as in select."""
     order = sort_keys(scores).view(-1, 4).argsort(dim=1, stable=True)  # (n / 4, 4)
@@ -261,6 +264,7 @@ class Pruner:
     lr_power: float = 0.0  # for rate_factor, by which the caller multiplies the learning rates
     allow_extra_memory: bool = False  # bitter10 needs it: it keeps three more numbers a weight
     hold: Callable | None = None  # while hold() is true no masks are chosen, but right after it
+    hooked: bool = True  # False: the caller calls put_back() before each update
 
     def __post_init__(self):
         for_good = self.pattern == '2:4' and not self.regrow
@@ -277,8 +281,16 @@ class Pruner:
         self.initial = {}
         if 'initial' in inputs_of(self.score):
             self.initial = {p: p.detach().clone() for p in self.named.values()}
-        if self.regrow:
+        self.hook()
+
+    def hook(self):
+        if self.regrow and self.hooked:
             self.optimizer.register_step_pre_hook(self.put_back)
+
+    def __setstate__(self, state):
+        """Of a copy, in which optimizers have no hooks."""
+        self.__dict__.update(state)
+        self.hook()
 
     def check(self):
         """ValueError if the arguments, or the parameters with them, are impossible."""
@@ -300,6 +312,8 @@ class Pruner:
                 "allow_extra_memory=True, or use 'bitter10z', which does without")
         require(self.named, 'there is nothing to prune: no matrix requires a gradient and is in a '
                 'group without prune=False')
+        require(not any(p.is_complex() for p in self.named.values()),
+                'complex parameters have no order; prune their torch.view_as_real')
         sizes = [p.numel() for p in self.named.values()]
         if self.pattern == 'unstructured':
             most_that_can_go(sizes, self.target_sparsity, self.floor)
@@ -316,7 +330,7 @@ class Pruner:
         return sum(p.numel() for p in self.named.values())
 
     @property
-    def sparsity(self):
+    def sparsity(self) -> float:
         """Share of the scope that is pruned, exact, known without asking the device."""
         return self.pruned / self.scope_size
 
@@ -339,7 +353,7 @@ class Pruner:
         return {name: n / p.numel() for n, (name, p) in zip(counts, self.named.items())}
 
     @torch.no_grad()
-    def step(self):
+    def step(self) -> None:
         """Follow one optimizer.step(): choose masks if they are due, and zero what is pruned."""
         if not self.masks:
             self.fix_scope()
@@ -431,14 +445,14 @@ class Pruner:
                 weight.masked_fill_(~mask, 0)
 
     @torch.no_grad()
-    def put_back(self, optimizer, arguments, options):
-        """Before optimizer.step(): the dense weights return, SR-STE joins their gradients."""
+    def put_back(self, *of_hook):
+        """Before an update: the dense weights return, SR-STE joins their gradients."""
         for p, dense in self.dense.items():
             self.weight_of(p).copy_(dense)
             if self.srste and p.grad is not None:
                 p.grad.add_((self.srste * dense).masked_fill_(self.masks[p], 0))
 
-    def state_dict(self):
+    def state_dict(self) -> dict:
         """Numbers, and tensors by the parameters' names; not copied."""
         saved = {key: getattr(self, key) for key in ('updates', 'masked_at', 'pruned')}
         for key in ('masks', 'dense', 'initial', 'trackers'):

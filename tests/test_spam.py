@@ -201,15 +201,15 @@ def test_resets_and_their_warm_up():
     optimizer = AdamWSPAM(parameters())
     recovering = []
     resets = []
-    for optimizer.updates in range(1, 1101):
+    for optimizer.memory['updates'] in range(1, 1101):
         if optimizer.recovering():
-            recovering.append(optimizer.updates)
+            recovering.append(optimizer.memory['updates'])
         if optimizer.since_reset() == 0:
-            resets.append(optimizer.updates)
+            resets.append(optimizer.memory['updates'])
     assert recovering == [*range(500, 651), *range(1000, 1101)] and resets == [500, 1000]
     never = AdamWSPAM(parameters(), spam_interval=0)
-    for never.updates in (0, 1, 150, 5000):
-        assert not never.recovering() and never.since_reset() == never.updates
+    for never.memory['updates'] in (0, 1, 150, 5000):
+        assert not never.recovering() and never.since_reset() == never.memory['updates']
 
 
 def test_without_spikes_and_resets_paper_is_adamw():

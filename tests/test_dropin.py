@@ -1,0 +1,304 @@
+"""optim.py and prune.py in other people's programs: copies, torch.distributed.checkpoint, states of
+other optimizers, options of torch's, and the two files alone in a folder."""
+import copy
+import inspect
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+import torch.nn as nn
+from conftest import HOME
+from test_adamwprune import MODES
+from test_pruner import assert_same, parameters, ramp, run
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+
+import optim
+import prune
+from optim import AdamW, AdamWPrune, AdamWSPAM
+from prune import Pruner
+
+SPAM = {key: value for key, value in MODES['paper'].items() if key != 'base'}
+KINDS = {
+    'adamw': lambda params: AdamW(params, 5e-2),
+    'adamwspam': lambda params: AdamWSPAM(params, 5e-2, **SPAM),
+    'reference': lambda params: AdamWSPAM(params, 5e-2, **{**SPAM, 'spam_mode': 'reference'}),
+    'stable': lambda params: AdamWSPAM(params, 5e-2, **{**SPAM, 'spam_mode': 'stable'}),
+    'adamwprune': lambda params: AdamWPrune(params, 5e-2, **ramp('bitter7')),
+    'movement': lambda params: AdamWPrune(params, 5e-2, **ramp('movement', **MODES['paper'])),
+    'bitter10': lambda params: AdamWPrune(params, 5e-2, **ramp('bitter10')),
+    'regrow': lambda params: AdamWPrune(params, 5e-2, **ramp('magnitude', regrow=True, srste=0.1)),
+}
+COPIES = [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))]
+
+
+def assert_same_optimizers(a, b):
+    """Weights, state and what is shared, to the bit."""
+    params = zip(a.param_groups[0]['params'], b.param_groups[0]['params'])
+    assert all(torch.equal(p, q) for p, q in params)
+    ours, theirs = a.state_dict(), b.state_dict()
+    assert_same(ours['state'], theirs['state'])
+    assert_same(ours['param_groups'][0], theirs['param_groups'][0])
+
+
+# --- copies ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('make', COPIES)
+@pytest.mark.parametrize('kind', KINDS)
+def test_a_copy_under_a_scheduler_steps_its_own_weights(kind, make):
+    """A scheduler puts a step() of the original into the optimizer."""
+    params = parameters()
+    optimizer = KINDS[kind](params)
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, 0.5)
+    run(optimizer, params, 11)
+    scheduler.step()
+    twin_params, twin = make((params, optimizer))
+    before = [p.detach().clone() for p in params]
+    run(twin, twin_params, 25, 11)
+    assert all(torch.equal(p, old) for p, old in zip(params, before))
+    run(optimizer, params, 25, 11)
+    assert not torch.equal(params[0], before[0])
+    assert_same_optimizers(optimizer, twin)
+
+
+@pytest.mark.parametrize('order', [1, -1])
+@pytest.mark.parametrize('make', COPIES)
+@pytest.mark.parametrize('kind', [AdamW, torch.optim.AdamW])
+def test_a_copied_pruner_still_regrows(kind, make, order):
+    """Once a step: SR-STE would not be the same twice."""
+    params = parameters()
+    optimizer = kind(params, 5e-2)
+    pruner = Pruner(optimizer, **ramp('magnitude', regrow=True, srste=0.1))
+    run(optimizer, params, 8, 0, pruner)
+    twins = make((params, optimizer, pruner)[::order])[::order]
+    run(twins[1], twins[0], 25, 8, twins[2])
+    run(optimizer, params, 25, 8, pruner)
+    for p, q in zip(params, twins[0]):
+        assert torch.equal(p, q)
+    assert_same(pruner.state_dict(), twins[2].state_dict())
+
+
+def test_a_pruner_copied_out_of_its_optimizer_brings_it_along():
+    params = parameters()
+    optimizer = KINDS['regrow'](params)
+    run(optimizer, params, 8)
+    twin = copy.deepcopy(optimizer.pruner).optimizer
+    run(twin, twin.param_groups[0]['params'], 25, 8)
+    run(optimizer, params, 25, 8)
+    assert_same_optimizers(optimizer, twin)
+
+
+# --- torch.distributed.checkpoint -----------------------------------------------------------------
+
+
+def module():
+    """A model whose parameters are those of parameters()."""
+    model = nn.Module()
+    for name, p in zip(('embedding.weight', 'norm', 'conv.kernel'), parameters()):
+        model.register_parameter(name.replace('.', '_'), p)
+    return model
+
+
+@pytest.mark.parametrize('flat', [False, True])
+@pytest.mark.parametrize('kind', KINDS)
+def test_distributed_checkpoint_keeps_all_state(kind, flat):
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    straight = KINDS[kind](parameters())
+    run(straight, straight.param_groups[0]['params'], 25)
+    for split in (2, 11):
+        first = module()
+        optimizer = KINDS[kind](first.parameters())
+        run(optimizer, list(first.parameters()), split)
+        saved = copy.deepcopy(get_optimizer_state_dict(first, optimizer, options=options))
+        second = module()
+        second.load_state_dict(first.state_dict())
+        fresh = KINDS[kind](second.parameters())
+        set_optimizer_state_dict(second, fresh, saved, options=options)
+        assert all(torch.equal(p, q) for p, q in zip(first.parameters(), second.parameters()))
+        run(fresh, list(second.parameters()), 25, split)
+        assert_same_optimizers(straight, fresh)
+
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('kind', ['adamw', 'stable', 'movement'])
+def test_distributed_checkpoint_on_the_disk(kind, tmp_path):
+    first = module()
+    optimizer = KINDS[kind](first.parameters())
+    run(optimizer, list(first.parameters()), 11)
+    content = {'model': first.state_dict(), 'optim': get_optimizer_state_dict(first, optimizer)}
+    dcp.save(content, checkpoint_id=tmp_path)
+    second = module()
+    fresh = KINDS[kind](second.parameters())
+    content = {'model': second.state_dict(), 'optim': get_optimizer_state_dict(second, fresh)}
+    dcp.load(content, checkpoint_id=tmp_path)
+    set_optimizer_state_dict(second, fresh, content['optim'])
+    run(optimizer, list(first.parameters()), 25, 11)
+    run(fresh, list(second.parameters()), 25, 11)
+    assert_same_optimizers(optimizer, fresh)
+
+
+# --- states of other optimizers -------------------------------------------------------------------
+
+
+def stepped(kind, **options):
+    params = parameters()
+    optimizer = kind(params, lr=1e-2, **options)
+    run(optimizer, params, 3)
+    return optimizer.state_dict()
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_adamw_takes_the_state_of_torchs_over(dtype):
+    """In bfloat16 up to the rounding of torch's moments."""
+    params = parameters(dtype)
+    theirs = torch.optim.AdamW(params, 1e-2)
+    run(theirs, params, 3)
+    twins = copy.deepcopy(params)
+    ours = AdamW(twins)
+    ours.load_state_dict(theirs.state_dict())
+    run(theirs, params, 4, 3)
+    run(ours, twins, 4, 3)
+    assert ours.param_groups[0]['lr'] == 1e-2 and ours.state[twins[0]]['step'] == 4
+    for p, q in zip(params, twins):
+        torch.testing.assert_close(p, q)
+
+
+FOREIGN = {
+    'adamwspam': (KINDS['adamwspam'], torch.optim.AdamW, {},
+                  'AdamWSPAM: this state is of another optimizer, because it has no spam'),
+    'adamwprune': (KINDS['adamwprune'], torch.optim.AdamW, {}, 'AdamWPrune: this state is of '
+                   'another optimizer, because it has no pruner, spam'),
+    'sgd': (AdamW, torch.optim.SGD, dict(momentum=0.9),
+            'AdamW: this state is of another optimizer, because it has no betas, eps, exp_avg, '
+            'exp_avg_sq'),
+    'adamax': (AdamW, torch.optim.Adamax, {},
+               'AdamW: this state is of another optimizer, because it has no exp_avg_sq'),
+    'amsgrad': (AdamW, torch.optim.AdamW, dict(amsgrad=True),
+                'AdamW: amsgrad=True of torch.optim.AdamW is not offered; leave it out'),
+    'maximize': (AdamW, torch.optim.AdamW, dict(maximize=True),
+                 'AdamW: maximize=True of torch.optim.AdamW is not offered; leave it out'),
+}
+
+
+@pytest.mark.parametrize('kind, theirs, options, told', FOREIGN.values(), ids=FOREIGN)
+def test_state_of_another_optimizer_is_refused_at_load(kind, theirs, options, told):
+    params = parameters()
+    ours = kind(params)
+    run(ours, params, 2)
+    before = copy.deepcopy(ours.state_dict())
+    with pytest.raises(ValueError) as caught:
+        ours.load_state_dict(stepped(theirs, **options))
+    assert str(caught.value) == told
+    assert_same(before['state'], ours.state_dict()['state'])
+
+
+@pytest.mark.parametrize('kind', ['adamwspam', 'regrow'])
+def test_state_of_older_files_is_read(kind):
+    """They have `spam` and `pruner` beside the groups."""
+    params = parameters()
+    optimizer = KINDS[kind](params)
+    run(optimizer, params, 8)
+    twins = copy.deepcopy(params)
+    saved = copy.deepcopy(optimizer.state_dict())
+    for key in ('spam', 'pruner'):
+        if key in saved['param_groups'][0]:
+            saved[key] = saved['param_groups'][0].pop(key)
+    fresh = KINDS[kind](twins)
+    fresh.load_state_dict(saved)
+    run(optimizer, params, 25, 8)
+    run(fresh, twins, 25, 8)
+    assert_same_optimizers(optimizer, fresh)
+
+
+# --- arguments ------------------------------------------------------------------------------------
+
+MADE = {
+    'AdamW': AdamW,
+    'AdamWSPAM': AdamWSPAM,
+    'AdamWPrune': lambda params, **more: AdamWPrune(params, **ramp('magnitude'), **more),
+}
+
+
+@pytest.mark.parametrize('option', ['amsgrad', 'maximize', 'foreach', 'capturable',
+                                    'differentiable', 'fused'])
+@pytest.mark.parametrize('name', MADE)
+def test_options_of_torch_are_answered_by_name(name, option):
+    assert option in inspect.signature(torch.optim.AdamW).parameters
+    with pytest.raises(ValueError) as caught:
+        MADE[name](parameters(), **{option: True})
+    assert str(caught.value) == (
+        f'{name}: {option}=True of torch.optim.AdamW is not offered; leave it out')
+    default = inspect.signature(torch.optim.AdamW).parameters[option].default
+    MADE[name](parameters(), **{option: default})
+    with pytest.raises(TypeError, match=f'{name}: there is no argument {option}s='):
+        MADE[name](parameters(), **{option + 's': True})
+
+
+@pytest.mark.parametrize('name', MADE)
+def test_complex_parameters_are_refused(name):
+    wrong = nn.Parameter(torch.zeros(4, 4, dtype=torch.complex64))
+    with pytest.raises(ValueError, match=f'{name}: complex parameters are not offered'):
+        MADE[name]([wrong])
+    optimizer = MADE[name](parameters())
+    with pytest.raises(ValueError, match=f'{name}: complex parameters'):
+        optimizer.add_param_group({'params': [wrong]})
+    with pytest.raises(ValueError, match='Pruner: complex parameters'):
+        Pruner(torch.optim.SGD([wrong], 0.1), **ramp('magnitude'))
+
+
+@pytest.mark.parametrize('function', [
+    AdamW, AdamWSPAM, AdamWPrune, Pruner, prune.score, prune.select, prune.select_2_4])
+def test_what_others_import_has_type_hints(function):
+    signature = inspect.signature(function)
+    assert all(each.annotation is not each.empty for each in signature.parameters.values())
+    assert inspect.isclass(function) or signature.return_annotation is not signature.empty
+
+
+# --- another project ------------------------------------------------------------------------------
+
+THEIRS = """\
+import sys
+import torch
+from optim import AdamW, AdamWPrune, AdamWSPAM
+from prune import Pruner
+
+model = torch.nn.Linear(8, 8)
+sgd = torch.optim.SGD(model.parameters(), 0.1)
+told = dict(score='magnitude', target_sparsity=0.25, start=1, end=4, interval=1)
+optimizers = [AdamW(model.parameters()), AdamWSPAM(model.parameters()), sgd,
+              AdamWPrune(model.parameters(), start=1, end=4, interval=1)]
+pruner = Pruner(sgd, **told)
+for optimizer in optimizers:
+    for _ in range(6):
+        optimizer.zero_grad()
+        model(torch.randn(4, 8)).square().mean().backward()
+        optimizer.step()
+        if optimizer is sgd:
+            pruner.step()
+print(sum(p.numel() for p in model.parameters()), int((model.weight == 0).sum()))
+print(*sys.path, sep='\\n')
+"""
+
+
+def test_the_files_that_the_docstring_names_are_all_that_another_project_copies(tmp_path):
+    line = re.search(r'In another project: copy (.*)', optim.__doc__)[1]
+    for name in re.findall(r'\w+\.py', line):
+        shutil.copy(HOME / name, tmp_path)
+    (tmp_path / 'theirs.py').write_text(THEIRS)
+    clean = {key: value for key, value in os.environ.items() if key != 'PYTHONPATH'}
+    done = subprocess.run([sys.executable, 'theirs.py'], cwd=tmp_path, env=clean,
+                          capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    numbers, *path = done.stdout.splitlines()
+    assert numbers == '72 32'
+    assert path[0] == str(tmp_path) and str(HOME) not in path
