@@ -35,7 +35,8 @@ class PrepareSettings:
     name: str = ''  # of the data set, which a config's `dataset` must match; empty: the source's
     input: str = ''  # of text: files or folders of .txt, .jsonl, .parquet, comma-separated
     val_input: str = ''  # the same, for validation; empty: val_fraction of the documents of input
-    source: str = 'HuggingFaceFW/fineweb-edu'  # of fineweb_edu: hub name or folder of Parquet
+    source: Path = 'HuggingFaceFW/fineweb-edu'  # of fineweb_edu: hub name, or a local copy's folder
+    subset: str = ''  # of source, by the hub's name; empty: sample-10BT of FineWeb-Edu, else all
     max_tokens: int = 0  # stop after the document that reaches it, both splits together; 0: all
     tokenizer: Literal[*shards.VOCABULARY] = 'gpt2'  # GPT-2's 50257 or 257 for bytes of UTF-8
     val_fraction: float = 0.005  # of the documents, chosen by hash of the text, for validation;
@@ -58,10 +59,14 @@ def check(source, settings, typed):
     if not re.fullmatch(r'(\w[\w.-]*)?', settings.name):
         problems.append(f'name={settings.name!r}: use letters, digits, _ . - only, because it '
                         'names a folder')
-    for key, user in (('input', 'text'), ('val_input', 'text'), ('source', 'fineweb_edu')):
+    users = dict(input='text', val_input='text', source='fineweb_edu', subset='fineweb_edu')
+    for key, user in users.items():
         if key in typed and source != user:
             problems.append(f'{key}={getattr(settings, key)!r}: {source} does not use it; leave it '
                             'out')
+    local = os.path.isdir(settings.source)
+    if not (settings.name or local or settings.source == PrepareSettings.source):
+        problems.append(f'source={settings.source!r}: give this set a --name of its own')
     if settings.val_input and 'val_fraction' in typed:
         problems.append(f'val_fraction={settings.val_fraction}: all of val_input is validation; '
                         'leave out one of the two')
@@ -188,6 +193,25 @@ def find_meta(folder, source, settings):
     return meta
 
 
+def checksums(folder):
+    """{file name: SHA-256} of the shards in a folder."""
+    found = {}
+    for path in sorted(pathlib.Path(folder).glob('*.bin')):
+        with open(path, 'rb') as f:
+            found[path.name] = hashlib.file_digest(f, 'sha256').hexdigest()
+    return found
+
+
+def verify(folder, told):
+    """Refused if a shard has not the checksum told in meta.json, of which older ones have none."""
+    found = checksums(folder)
+    for name, checksum in told.items():
+        if found.get(name) != checksum:
+            raise Refused(f'{folder}/{name} is not as it was prepared (SHA-256); copy it again, or '
+                          'delete the folder and prepare the data again')
+    print(f'{len(told)} shards verified by SHA-256')
+
+
 def prepare(source, settings):
     """Make what is missing of the data set that the source and the settings describe."""
     folder = settings.data_dir
@@ -196,6 +220,7 @@ def prepare(source, settings):
     with locked(folder, busy):
         meta = find_meta(folder, source, settings)
         if 'fingerprint' in meta:
+            verify(folder, meta.get('sha256', {}))
             return
         if meta['documents']:
             print(f"continuing after {meta['documents']:,} documents", flush=True)
@@ -206,7 +231,8 @@ def prepare(source, settings):
                           f"{meta['val_tokens']} validation tokens, too few to learn from; give "
                           'more text, a larger --max_tokens or another --val_fraction')
         train, val = shards.open_splits(folder, settings.tokenizer)
-        write_meta(folder, {**meta, 'fingerprint': shards.fingerprint_of(train, val)})
+        write_meta(folder, {**meta, 'fingerprint': shards.fingerprint_of(train, val),
+                            'sha256': checksums(folder)})
 
 
 def usage():
@@ -246,4 +272,9 @@ def main(argv):
 
 
 if __name__ == '__main__':
-    run_command(main)
+    try:
+        run_command(main)
+    except SystemExit as end:
+        # In the interpreter's own way out, threads of pyarrow that a stream has left behind may
+        # abort it with code 134 (github.com/apache/arrow/issues/45214).
+        os._exit(end.code)

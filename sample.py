@@ -59,7 +59,7 @@ def check(s, vocab_size):
 def read_text(path, setting):
     """The text of a file that a setting names; Refused if there is none."""
     try:
-        with open(path, encoding='utf-8', newline='') as f:
+        with open(path, encoding='utf-8-sig', newline='') as f:
             return f.read()
     except (OSError, UnicodeDecodeError) as error:
         raise Refused(f'{setting}={path!r} cannot be read: {error}') from None

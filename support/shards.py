@@ -29,21 +29,37 @@ def header(tokens):
     return np.array([MAGIC, VERSION, tokens] + [0] * (HEADER_BYTES // 4 - 3), '<i4').tobytes()
 
 
+def read_numbers(path, kind, count, offset=0):
+    """(count,) numbers of a file, fewer at its end. Refused if it cannot be read."""
+    try:
+        return np.fromfile(path, kind, count, offset=offset)
+    except OSError as error:
+        raise Refused(f'{path}: cannot be read ({error.strerror}); copy or prepare it '
+                      'again') from None
+
+
+def refuse_wide_tokens(path):
+    """Every second uint16 of tokens that have 32 or 64 bits is 0, or close to it."""
+    start = read_numbers(path, '<u2', 4096)
+    if len(start) >= 64 and 16 * int(start[1::2].max()) < start[::2].max():
+        raise Refused(f'{path}: tokens of more than 16 bits, which are not of GPT-2; prepare the '
+                      'text itself: python prepare.py text --input=FILES --name=NAME')
+
+
 def shard_layout(path):
     """(offset of the first token in bytes, number of tokens) of a shard, with a header or without.
 
     Refused if it is foreign or if its size does not fit.
     """
-    try:
-        size = os.path.getsize(path)
-        magic, version, tokens = [*np.fromfile(path, '<i4', 3).tolist(), 0, 0, 0][:3]
-    except OSError as error:
-        raise Refused(f'{path}: cannot be read ({error.strerror}); copy or prepare it '
-                      'again') from None
+    head = read_numbers(path, '<i4', HEADER_BYTES // 4)
+    magic, version, tokens = [*head[:3].tolist(), 0, 0, 0][:3]
+    zeros = len(head) == HEADER_BYTES // 4 and not head[3:].any()
+    size = os.path.getsize(path)
     offset = HEADER_BYTES
     # The magic's first two bytes would be token 56280, which GPT-2 does not have: the two formats
-    # cannot be confused.
-    if os.path.basename(path) in ('train.bin', 'val.bin') and magic != MAGIC:
+    # cannot be confused. Where the magic is damaged, the zeros tell.
+    if os.path.basename(path) in ('train.bin', 'val.bin') and magic != MAGIC and not zeros:
+        refuse_wide_tokens(path)
         offset = 0
         tokens = size // 2
     elif (magic, version) != (MAGIC, VERSION):
@@ -67,6 +83,7 @@ class TokenStream:
         self.files = [str(f) for f in files]
         self.vocab_size = vocab_size
         layouts = [shard_layout(f) for f in self.files]
+        self.opened = {f: os.stat(f) for f in self.files}
         self.offsets = [offset for offset, _ in layouts]
         # (shards + 1,): position of each shard's first token, then the end
         self.firsts = np.cumsum([0] + [tokens for _, tokens in layouts])
@@ -82,7 +99,9 @@ class TokenStream:
         A map of the file would be no faster, and its pages would count as this process's memory.
         """
         path = self.files[index]
-        tokens = np.fromfile(path, '<u2', count, offset=self.offsets[index] + 2 * begin)
+        tokens = read_numbers(path, '<u2', count, self.offsets[index] + 2 * begin)
+        if len(tokens) < count:
+            raise Refused(f'{path}: truncated since it was opened; copy or prepare it again')
         wrong = np.flatnonzero(tokens >= self.vocab_size)
         if len(wrong):
             raise Refused(f'{path}: token {tokens[wrong[0]]} at position {begin + wrong[0]} is '
@@ -129,6 +148,20 @@ class Data:
     def describe(self):
         """What a checkpoint says of it."""
         return dict(name=self.name, tokenizer=self.tokenizer, vocab_size=self.vocab_size)
+
+    def check_unchanged(self):
+        """Refused if a file has another size or time than when it was opened."""
+        for path, before in [*self.train.opened.items(), *self.val.opened.items()]:
+            change = ''
+            now = os.stat(path) if os.path.exists(path) else None
+            if not now:
+                change = 'deleted'
+            elif now.st_size < before.st_size:
+                change = 'truncated'
+            elif (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+                change = 'overwritten'
+            if change:
+                raise Refused(f'{path}: {change} since it was opened; copy or prepare it again')
 
 
 def fingerprint_of(train, val):
@@ -201,6 +234,10 @@ def open_data(data_dir, dataset):
     if meta and 'fingerprint' not in meta:
         raise Refused(f'{folder}: preparation has not finished; run the same command again, which '
                       'continues')
+    if not meta and os.path.exists(os.path.join(folder, 'meta.pkl')):
+        raise Refused(f'{folder}/meta.pkl: these tokens are characters, not of GPT-2; prepare the '
+                      f'text itself: python prepare.py text --input={folder}/input.txt '
+                      '--tokenizer=bytes --name=NAME')
     tokenizer = meta['tokenizer'] if meta else 'gpt2'
     train, val = open_splits(folder, tokenizer)
     for stream in (train, val):

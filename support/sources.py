@@ -1,8 +1,9 @@
-"""Sources of text: files, CPython's own documentation, FineWeb-Edu. SOURCES lists them.
+"""Sources of text: files, CPython's own documentation, the hub's sets. SOURCES lists them.
 
 A source is one entry of that table; the commands and help of prepare.py derive from it.
 """
 import ast
+import collections
 import contextlib
 import itertools
 import json
@@ -10,6 +11,7 @@ import math
 import os
 import pathlib
 import platform
+import sys
 import sysconfig
 import warnings
 from collections.abc import Callable
@@ -41,11 +43,21 @@ def explained(what, fix):
                       f'{fix}') from None
 
 
+def strings(texts):
+    """The texts, those of binary columns as UTF-8. ValueError at what is no text."""
+    for number, text in enumerate(texts, 1):
+        if isinstance(text, bytes):
+            text = text.decode()
+        if not isinstance(text, str):
+            raise ValueError(f"the 'text' of document {number} is {text!r}, not a string")
+        yield text
+
+
 # --- text: files of one's own ---------------------------------------------------------------------
 
 
 def read_txt(path):
-    yield path.read_bytes().decode()
+    yield path.read_bytes().decode('utf-8-sig')
 
 
 def read_jsonl(path):
@@ -69,38 +81,50 @@ def read_parquet(path):
 READERS = {'.txt': read_txt, '.jsonl': read_jsonl, '.parquet': read_parquet}
 
 
+def reader_of(path):
+    return READERS.get(path.suffix.lower())
+
+
 def read_files(files):
     """The texts in files."""
     for path in files:
         with explained(path, 'correct it, download it again, or leave it out'):
-            for number, text in enumerate(READERS[path.suffix](path), 1):
-                if not isinstance(text, str):
-                    raise ValueError(f"the 'text' of document {number} is {text!r}, not a string")
-                yield text
+            yield from strings(reader_of(path)(path))
 
 
-def input_files(key, told):
+def is_listed(path):
+    """Whether a path is a folder whose content follows it in a list of files."""
+    return path.is_dir() and not path.is_symlink() and os.access(path, os.R_OK | os.X_OK)
+
+
+def input_files(key, told, tell=False):
     """Files named by a comma-separated list of files and folders, each folder's sorted by path.
 
-    key: the setting that names them.
+    key: the setting that names them; tell: say how many others there are.
     """
     files = []
+    others = collections.Counter()
     for entry in map(str.strip, told.split(',')):
-        path = pathlib.Path(entry)
+        path = pathlib.Path(os.path.expanduser(entry))
         inside = sorted(path.rglob('*')) if entry and path.is_dir() else [path]
-        usable = [f for f in inside if f.suffix in READERS and f.is_file()]
+        usable = [f for f in inside if reader_of(f) and f.is_file()]
         if not usable:
             raise Refused(f"{key}={told!r}: {entry!r} is no file of {', '.join(READERS)} and no "
                           f'folder with one; name such, e.g. --{key}=books/,more.jsonl')
         files += usable
+        rest = set(inside) - set(usable)
+        others.update(f.suffix or f.name for f in rest if not is_listed(f))
+    if tell and others:
+        kinds = ', '.join(f'{count} {kind}' for kind, count in sorted(others.items()))
+        print(f"{key}: not read: {kinds} (only {', '.join(READERS)})", file=sys.stderr)
     return files
 
 
 def text_documents(settings):
     """Validation comes first, so that max_tokens leaves it whole."""
-    files = input_files('input', settings.input)
+    files = input_files('input', settings.input, tell=True)
     if settings.val_input:
-        for text in read_files(input_files('val_input', settings.val_input)):
+        for text in read_files(input_files('val_input', settings.val_input, tell=True)):
             yield text, 1.0
         for text in read_files(files):
             yield text, 0.0
@@ -121,11 +145,15 @@ def fewer_than(enough, files):
     return sum(1 for _ in found) < enough
 
 
+def sizes(files):
+    return [[str(f), f.stat().st_size] for f in files]
+
+
 def text_origin(settings):
-    origin = [[str(f), f.stat().st_size] for f in input_files('input', settings.input)]
+    origin = sizes(input_files('input', settings.input))
     if settings.val_input:
         files = input_files('val_input', settings.val_input)
-        origin += [[str(f), f.stat().st_size, 'val'] for f in files]
+        origin += [[*entry, 'val'] for entry in sizes(files)]
     return origin
 
 
@@ -168,29 +196,67 @@ def stdlib_documents(settings):
         yield text, settings.val_fraction
 
 
-# --- fineweb_edu: Hugging Face --------------------------------------------------------------------
+# --- fineweb_edu: sets of the Hugging Face hub ----------------------------------------------------
+
+USUAL_SUBSET = 'sample-10BT'  # of FineWeb-Edu
 
 
-def hugging_face_documents(settings):
-    """A stream of FineWeb-Edu's sample-10BT, or of a local folder of Parquet files."""
+def subset_files(settings):
+    """The training files of a set's local copy, by its card if it has one, else by their names.
+
+    load_dataset wants all subsets that a card names to be there.
+    """
+    with explained(settings.source, 'name the files: python prepare.py text --input=FILES'):
+        from datasets.data_files import DataFilesDict, get_data_patterns, sanitize_patterns
+        from huggingface_hub import DatasetCard
+        card = pathlib.Path(settings.source, 'README.md')
+        content = DatasetCard.load(card).data.to_dict() if card.is_file() else {}
+        subsets = {each['config_name']: each['data_files'] for each in content.get('configs', [])}
+        subsets = subsets or {'default': get_data_patterns(settings.source)}
+        subset = settings.subset or (USUAL_SUBSET if USUAL_SUBSET in subsets else 'default')
+        if subset not in subsets:
+            raise ValueError(f"subset='{settings.subset}' is not one of {', '.join(subsets)}")
+        patterns = sanitize_patterns(subsets[subset])
+        found = DataFilesDict.from_patterns(patterns, base_path=settings.source)['train']
+        files = [path for path in map(pathlib.Path, found) if reader_of(path)]
+        if not files:
+            raise ValueError(f"it holds no {', '.join(READERS)} of subset '{subset}'")
+    return files
+
+
+def streamed(settings):
+    """The training texts of a set on the hub."""
+    usual = USUAL_SUBSET if settings.source.endswith('/fineweb-edu') else None
     fix = ('check the network and run the same command again, which continues where it stopped; or '
-           'download Parquet files and use: python prepare.py text --name=fineweb_edu '
-           '--input=FOLDER')
-    config = None if os.path.isdir(settings.source) else 'sample-10BT'
+           'download Parquet files and give --source=FOLDER')
     with explained(settings.source, fix):
         from datasets import load_dataset
-        stream = load_dataset(settings.source, config, split='train', streaming=True)
-        for row in stream.select_columns(['text']):
-            yield row['text'], settings.val_fraction
+        rows = load_dataset(settings.source, settings.subset or usual, split='train',
+                            streaming=True)
+        yield from strings(row['text'] for row in rows.select_columns(['text']))
+
+
+def hub_documents(settings):
+    texts = streamed(settings)
+    if os.path.isdir(settings.source):
+        texts = read_files(subset_files(settings))
+    for text in texts:
+        yield text, settings.val_fraction
+
+
+def hub_origin(settings):
+    if os.path.isdir(settings.source):
+        return sizes(subset_files(settings))
+    return f'{settings.source} {settings.subset}'.strip()
 
 
 # --- all of them ----------------------------------------------------------------------------------
 
 SOURCES = {
     'fineweb_edu': Source(
-        about='FineWeb-Edu, sample-10BT, streamed from Hugging Face',
-        documents=hugging_face_documents,
-        origin=lambda settings: settings.source,
+        about='FineWeb-Edu, sample-10BT, or another --source of the Hugging Face hub',
+        documents=hub_documents,
+        origin=hub_origin,
     ),
     'text': Source(
         about='files of your own, named by --input=FILES',

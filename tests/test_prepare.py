@@ -320,6 +320,32 @@ def test_finished_data_is_left_alone(tmp_path):
     assert contents(folder) == before
 
 
+def test_finished_shards_are_verified(tmp_path, monkeypatch, capsys):
+    folder = small_data(tmp_path)
+    told = ('text', f'--input={tmp_path}/in.jsonl', '--name=small', '--tokenizer=bytes',
+            '--val_fraction=0.2', f'--data_dir={folder}')
+    sums = contents(folder)
+    del sums['meta.json']
+    meta = json.loads((folder / 'meta.json').read_text())
+    assert meta['sha256'] == sums
+    capsys.readouterr()
+    run(*told)
+    assert '2 shards verified by SHA-256' in capsys.readouterr().out
+    monkeypatch.setattr(shards, 'fingerprint_of', lambda *_: meta['fingerprint'])  # sees it not
+    path = folder / 'train_000000.bin'
+    raw = path.read_bytes()
+    path.write_bytes(raw[:2000] + bytes([raw[2000] ^ 1]) + raw[2001:])
+    fix = 'is not as it was prepared (SHA-256); copy it again, or delete the folder and'
+    assert refused(*told).startswith(f'{path} {fix}')
+    path.unlink()
+    assert refused(*told).startswith(f'{path} {fix}')
+    path.write_bytes(raw)
+    del meta['sha256']
+    (folder / 'meta.json').write_text(json.dumps(meta))
+    run(*told)
+    assert '0 shards verified by SHA-256' in capsys.readouterr().out
+
+
 def test_strange_folders_are_refused(tmp_path):
     unlabelled_data(tmp_path)
     write_jsonl(tmp_path / 'x.jsonl', documents(9))
@@ -344,6 +370,10 @@ def test_command_line_mistakes(capsys):
     assert refused('stdlib', '--shard_token=5', '--val_fraction=1').splitlines() == [
         "command line: unknown setting 'shard_token' (value '5'); did you mean 'shard_tokens'?",
         'val_fraction=1.0: must be above 0 and below 1']
+    assert refused('text', '--input=x', '--subset=y') == (
+        "subset='y': text does not use it; leave it out")
+    assert refused('fineweb_edu', '--source=roneneldan/TinyStories') == (
+        "source='roneneldan/TinyStories': give this set a --name of its own")
     assert refused('stdlib', '--input=x') == "input='x': stdlib does not use it; leave it out"
     assert refused('text', '--input=x', '--val_input=y', '--val_fraction=0.1') == (
         'val_fraction=0.1: all of val_input is validation; leave out one of the two')

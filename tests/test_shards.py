@@ -1,6 +1,7 @@
 """support/shards.py: the reader of token shards, the order of windows, tokenizers."""
 import json
 import os
+import pickle
 
 import numpy as np
 import pytest
@@ -61,6 +62,82 @@ def test_nanogpt_bins_without_header(tmp_path):
     assert refusal(open_data, str(tmp_path), 'unlabelled') == (
         f'{tmp_path}/val.bin: damaged: expected 2 bytes (1 tokens), found 3; copy or prepare it '
         'again')
+
+
+def test_header_with_a_damaged_magic_is_no_nanogpt_bin(tmp_path):
+    tokens = np.random.default_rng(0).integers(0, 50257, 3000)
+    write_shard(tmp_path / 'val.bin', tokens)
+    path = tmp_path / 'train.bin'
+    write_shard(path, tokens)
+    good = path.read_bytes()
+    for magic in (b'\xd9', good[:1] + b'\xff\xff\xff', bytes(12)):
+        path.write_bytes(magic + good[len(magic):])
+        said = refusal(open_data, str(tmp_path), 'unlabelled')
+        assert said.startswith(f'{path}: not a token shard: magic ')
+    path.write_bytes(good[1024:])
+    assert whole(open_data(str(tmp_path), 'unlabelled').train).tolist() == tokens.tolist()
+
+
+def test_tokens_wider_than_uint16_are_refused(tmp_path):
+    np.arange(100, dtype='<u2').tofile(tmp_path / 'val.bin')
+    path = tmp_path / 'train.bin'
+    draw = np.random.default_rng(0)
+    for kind, vocabulary in (('<u4', 128_000), ('<u4', 256_000), ('<u4', 50257), ('<i8', 50257)):
+        draw.integers(0, vocabulary, 5000).astype(kind).tofile(path)
+        said = refusal(open_data, str(tmp_path), 'unlabelled')
+        assert said.startswith(f'{path}: tokens of more than 16 bits')
+        assert 'python prepare.py text --input=' in said
+    for vocabulary in (2, 4, 50257):
+        draw.integers(0, vocabulary, 5000).astype('<u2').tofile(path)
+        assert open_data(str(tmp_path), 'unlabelled').train.tokens == 5000
+
+
+class Trap:
+    """What must not be unpickled."""
+
+    def __reduce__(self):
+        return exec, ("raise AssertionError('unpickled')",)
+
+
+def test_nanogpt_characters_are_not_gpt2(tmp_path):
+    np.array([5, 6, 64], '<u2').tofile(tmp_path / 'train.bin')
+    np.array([7, 8], '<u2').tofile(tmp_path / 'val.bin')
+    (tmp_path / 'meta.pkl').write_bytes(pickle.dumps({'vocab_size': 65, 'stoi': Trap()}))
+    assert refusal(open_data, str(tmp_path), 'unlabelled') == (
+        f'{tmp_path}/meta.pkl: these tokens are characters, not of GPT-2; prepare the text itself: '
+        f'python prepare.py text --input={tmp_path}/input.txt --tokenizer=bytes --name=NAME')
+
+
+@pytest.mark.parametrize('change', ['deleted', 'truncated', 'overwritten'])
+@pytest.mark.parametrize('name', ['train_000001.bin', 'val_000000.bin'])
+def test_files_that_change_under_a_run(tmp_path, change, name):
+    unlabelled_data(tmp_path)
+    path = tmp_path / name
+    os.utime(path, ns=(1, 1))  # because clocks tick slowly
+    data = open_data(str(tmp_path), 'unlabelled')
+    data.check_unchanged()
+    raw = path.read_bytes()
+    path.unlink()
+    if change == 'truncated':
+        path.write_bytes(raw[:-8])
+    if change == 'overwritten':
+        path.write_bytes(raw[:-1] + b'\x01')
+    assert refusal(data.check_unchanged) == (
+        f'{path}: {change} since it was opened; copy or prepare it again')
+
+
+def test_reading_what_is_gone_is_refused(tmp_path):
+    tokens = unlabelled_data(tmp_path)
+    data = open_data(str(tmp_path), 'unlabelled')
+    path = tmp_path / 'train_000002.bin'
+    os.truncate(path, 1024 + 2 * 100)
+    assert (data.train.read([340], 100) == tokens[340:440]).all()
+    for start in (341, 700):
+        assert refusal(data.train.read, [start], 100) == (
+            f'{path}: truncated since it was opened; copy or prepare it again')
+    path.unlink()
+    assert refusal(data.train.read, [500], 100) == (
+        f'{path}: cannot be read (No such file or directory); copy or prepare it again')
 
 
 def test_damaged_shards_are_named(tmp_path):
