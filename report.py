@@ -1,18 +1,19 @@
-"""Runs side by side: tables, what makes them unfair to compare, and pictures.
+"""Runs side by side: a table, what makes them unfair to compare, and a picture.
 
     python report.py out/quickstart
-    python report.py results/table_3000/* --baseline=dense --sparsity_plot=docs/table_3000.png
+    python report.py results/table_3000/* --baseline=dense --plot=compared.png
     python report.py docs/RESULTS.md
 
-Runs whose names differ only by their seed (dense_1337, dense_1338) are an arm; the second table has
-a line an arm. A Markdown file's tables and pictures are made anew from the runs in results/NAME, as
-the marks in it say: <!-- results: NAME --baseline=ARM --plot=FILE --> ... <!-- end -->.
-A run that is still going, or was killed, is shown with what it has measured so far.
+Runs whose names differ only by their seed, as dense_1337 and dense_1338, are an arm and share a
+line. A Markdown file's tables, from <!-- results: NAME --baseline=ARM ... --> to <!-- end -->, are
+made anew of all runs in results/NAME, and a picture where there is a --plot. A run that is still
+going, or was killed, is shown with what it has measured so far.
 """
 import glob
 import math
 import os
 import re
+from collections import defaultdict
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,25 +25,26 @@ from support.settings import Path, Refused, arguments, help_text, parse, read_co
 
 @dataclass
 class ReportSettings:
-    baseline: str = ''  # arm that the others are compared with; empty: that of the first run
-    plot: str = ''  # picture to write; empty: loss.png in the run directory, report.png for several
-    sparsity_plot: str = ''  # another: perplexity against sparsity, loss of baseline and best 50%
+    baseline: str = ''  # arm that the others are compared with; empty: the first
+    curves: str = ''  # runs whose curves are drawn, with commas between; empty: all
+    plot: Path = ''  # picture to write; empty: loss.png in the run directory, or report.png
 
 
 @dataclass
 class Run:
     name: str
+    seed: int
     config: dict  # of config.json
-    summary: dict  # of summary.json, or what is known so far; and what is derived from metrics
+    summary: dict  # of summary.json, or what is known so far
     metrics: list  # the records of metrics.jsonl
 
 
 def load_run(folder, name):
     """The Run in a directory; Refused if there is none."""
     config = read_json(os.path.join(folder, 'config.json'))
-    if config is None or 'settings' not in config:
+    if not isinstance(config, dict) or 'settings' not in config:
         raise Refused(f"'{folder}' has no config.json of a run: no run directory; check the path")
-    summary = read_json(os.path.join(folder, 'summary.json'))
+    summary = read_json(os.path.join(folder, 'summary.json'), ['steps', 'tokens', 'exit_reason'])
     metrics = read_metrics(os.path.join(folder, 'metrics.jsonl'))
     if summary is None or (metrics and metrics[-1]['step'] > summary['steps']):  # resumed since
         summary = {'steps': 0, 'tokens': 0, 'exit_reason': 'running'}
@@ -50,178 +52,120 @@ def load_run(folder, name):
             summary.update(record)
             if 'tokens' in record:
                 summary['steps'] = record['step']
-    return Run(name, config, {**summary, **derived(config, summary, metrics)}, metrics)
+    return Run(name, config['settings'].get('seed'), config, summary, metrics)
 
 
-def load_runs(folders, baseline):
-    """{arm: its Runs}, the baseline first: runs whose names differ only by a trailing _SEED."""
+def load_arms(folders, baseline):
+    """{arm: its Runs}, the baseline first."""
     names = [os.path.basename(os.path.abspath(folder)) for folder in folders]
     if len(set(names)) < len(names):
         names = folders
     arms = {}
     for run in map(load_run, folders, names):
-        seed = run.config['settings'].get('seed')
-        arms.setdefault(run.name.removesuffix(f'_{seed}'), []).append(run)
+        arms.setdefault(run.name.removesuffix(f'_{run.seed}'), []).append(run)
     baseline = baseline or next(iter(arms))
     if baseline not in arms:
-        raise Refused(f"baseline='{baseline}' is no arm of these runs; choose {', '.join(arms)}")
+        raise Refused(f"baseline='{baseline}' is not one of these arms: {', '.join(arms)}")
     return {baseline: arms.pop(baseline), **arms}
-
-
-# --- numbers --------------------------------------------------------------------------------------
-
-LAST = 10  # logged losses whose mean is the training loss; one of them is that of a single step
-
-
-def known(records, key):
-    """The finite values that dicts have under `key`."""
-    values = [record.get(key) for record in records]
-    return [value for value in values if value is not None and math.isfinite(value)]
-
-
-def derived(config, summary, metrics):
-    """{name: number} of what the files of a run say together, without what they lack."""
-    told = {}
-    if losses := known(metrics, 'loss'):
-        told['train_loss'] = np.mean(losses[-LAST:])
-    if rates := known(metrics, 'tokens_per_second'):
-        told['tokens_per_second'] = np.median(rates)
-    if 'parameters' in summary:
-        told['nonzero'] = summary['parameters'] * (1 - summary['sparsity_all'])
-    if 'train_tokens' in config.get('data', {}):
-        told['epochs'] = summary['tokens'] / config['data']['train_tokens']
-    shares = {record['step']: record['sparsity'] for record in metrics if 'sparsity' in record}
-    if len(shares) > 1:
-        steps = list(shares)
-        removed = np.trapezoid(list(shares.values()), steps) / (steps[-1] - steps[0])
-        told['density'] = 1 - removed
-    return told
-
-
-def estimate(values):
-    """(mean, its standard error, NaN of a single value); None of no values."""
-    if not values:
-        return None
-    error = np.std(values, ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return np.mean(values), error
-
-
-def arm_summary(runs, baseline):
-    """What ARM_COLUMNS show of an arm. Differences are those of runs of equal seed."""
-    told = {'seeds': len(runs)}
-    for _, key, _ in ARM_COLUMNS:
-        if values := known([run.summary for run in runs], key):
-            told[key] = max(values) if key.startswith('peak') else np.mean(values)
-    losses, theirs = by_seed(runs), by_seed(baseline)
-    if losses:
-        told['val_loss'] = estimate(list(losses.values()))
-        told['perplexity'] = np.exp(told['val_loss'][0])
-    pairs = [loss - theirs[seed] for seed, loss in losses.items() if seed in theirs]
-    if pairs and runs is not baseline:
-        mean, error = told['difference'] = estimate(pairs)
-        told['ratio'] = np.expm1(mean), np.exp(mean) * error  # the error to first order
-    return told
-
-
-def by_seed(runs):
-    """{seed: validation loss} of the runs that have one."""
-    measured = [run for run in runs if known([run.summary], 'val_loss')]
-    return {run.config['settings'].get('seed'): run.summary['val_loss'] for run in measured}
 
 
 # --- text -----------------------------------------------------------------------------------------
 
-
-def with_error(form):
-    """A function that writes (mean, error), and the mean alone where the error is not known."""
-    return lambda pair: form.format(*pair).removesuffix(' ± nan').removesuffix(' ± nan%')
-
-
-COLUMNS = (  # heading, key of Run.summary, how to write it
-    ('steps', 'steps', '{:,}'.format),
-    ('val loss', 'val_loss', '{:.4f}'.format),
-    ('perplexity', 'val_ppl', '{:.2f}'.format),
-    ('best loss', 'best_val_loss', '{:.4f}'.format),
-    ('of all', 'sparsity_all', '{:.1%}'.format),
-    ('MFU', 'mfu', '{:.1%}'.format),
-    ('graphs', 'compiled_graphs', str),
-    ('breaks', 'graph_breaks', str),
-    ('rung', 'rung', str),
-    ('ended', 'exit_reason', str),
-)
-ARM_COLUMNS = (  # heading, key of arm_summary, how to write it
-    ('seeds', 'seeds', str),
+LAST = 10  # logged losses whose mean is the training loss; each is of one step
+COLUMNS = (  # heading, key of numbers(), how to write mean and standard error
     ('sparsity', 'sparsity', '{:.1%}'.format),
-    ('val loss', 'val_loss', with_error('{:.4f} ± {:.4f}')),
-    ('perplexity', 'perplexity', '{:.2f}'.format),
-    ('minus baseline', 'difference', with_error('{:+.4f} ± {:.4f}')),
-    ('in perplexity', 'ratio', with_error('{:+.1%} ± {:.1%}')),
+    ('val loss', 'val_loss', '{:.4f} ± {:.4f}'.format),
+    ('perplexity', 'val_loss', lambda loss, _: f'{np.exp(loss):.2f}'),
+    ('minus baseline', 'difference', '{:+.4f} ± {:.4f}'.format),
+    ('in perplexity', 'ratio', '{:+.1%} ± {:.1%}'.format),
     (f'train loss, last {LAST} logged', 'train_loss', '{:.4f}'.format),
-    ('non-zero', 'nonzero', lambda n: f'{n / 1e6:.1f}M'),
+    ('non-zero', 'nonzero', lambda n, _: f'{n / 1e6:.1f}M'),
     ('mean density', 'density', '{:.1%}'.format),
-    ('tokens', 'tokens', lambda n: f'{n / 1e6:,.1f}M'),
+    ('tokens', 'tokens', lambda n, _: f'{n / 1e6:,.1f}M'),
     ('epochs', 'epochs', '{:.2f}'.format),
     ('tok/s, median', 'tokens_per_second', '{:,.0f}'.format),
-    ('GiB allocated', 'peak_memory_bytes', lambda n: f'{n / 2**30:.2f}'),
-    ('reserved', 'peak_reserved_bytes', lambda n: f'{n / 2**30:.2f}'),
+    ('peak GiB, allocated', 'peak_memory_bytes', lambda n, _: f'{n / 2**30:.2f}'),
+    ('reserved', 'peak_reserved_bytes', lambda n, _: f'{n / 2**30:.2f}'),
 )
 
 
-def table(first, columns, summaries):
-    """Aligned Markdown, a line for each of {name: {key: value}}; '-' where there is no value."""
-    rows = [[first] + [heading for heading, _, _ in columns]]
-    for name, summary in summaries.items():
-        values = [(summary.get(key), write) for _, key, write in columns]
-        rows.append([name] + ['-' if v is None else write(v) for v, write in values])
+def numbers(run, baseline=()):
+    """Summary of a run and what else COLUMNS show, NaN where it is unknown. baseline: Runs, of
+    which that of the same seed is compared."""
+    told = defaultdict(lambda: math.nan)
+    told.update({key: value for key, value in run.summary.items() if value is not None})
+    twin = {other.seed: other.summary.get('val_loss') for other in baseline}.get(run.seed)
+    told['difference'] = told['val_loss'] - (twin or math.nan)
+    told['ratio'] = np.expm1(told['difference'])
+    told['train_loss'] = np.mean([*series(run, 'loss')[1, -LAST:]] or math.nan)
+    told['density'] = 1 - np.mean([*series(run, 'sparsity')[1]] or math.nan)
+    told['tokens_per_second'] = np.median([*series(run, 'tokens_per_second')[1]] or math.nan)
+    told['nonzero'] = told['parameters'] * (1 - told['sparsity_all'])
+    told['epochs'] = told['tokens'] / run.config.get('data', {}).get('train_tokens', math.nan)
+    return told
+
+
+def estimate(told, key):
+    """(mean, its standard error) of the numbers that are known; NaN of none, and of one."""
+    known = [each[key] for each in told if math.isfinite(each[key])]
+    error = np.std(known, ddof=1) / math.sqrt(len(known)) if len(known) > 1 else math.nan
+    return np.mean(known or math.nan), error
+
+
+def table(arms):
+    """A line an arm, as aligned Markdown; the first arm is the baseline."""
+    rows = [['arm', 'seeds'] + [heading for heading, _, _ in COLUMNS]]
+    baseline = ()
+    for name, runs in arms.items():
+        told = [numbers(run, baseline) for run in runs]
+        baseline = baseline or runs
+        row = [name, str(len(runs))]
+        for _, key, write in COLUMNS:
+            mean, error = estimate(told, key)
+            row.append('-' if math.isnan(mean) else re.sub(' ± nan%?', '', write(mean, error)))
+        rows.append(row)
     widths = [max(map(len, column)) for column in zip(*rows)]
     rows.insert(1, [':'.rjust(width, '-') for width in widths])
     return '\n'.join(f"| {' | '.join(map(str.rjust, row, widths))} |" for row in rows)
 
 
-def comparison(arms, varied):
-    """The table by arm, and what makes it unfair, as Markdown."""
-    baseline = next(iter(arms.values()))
-    summaries = {name: arm_summary(runs, baseline) for name, runs in arms.items()}
-    lines = [f'- careful: {line}' for line in unfair(sum(arms.values(), []), varied)]
-    return '\n'.join([table('arm', ARM_COLUMNS, summaries), '', *lines]).rstrip()
-
-
 FACTS = ('dataset', 'fingerprint', 'tokens', 'effective_batch', 'parameters', 'dtype', 'commit',
          'torch', 'device', 'processes', 'eval_tokens', 'block_size', 'prune_scope')  # told first
-UNIMPORTANT = ('out_dir', 'data_dir', 'seed')
+EXPECTED = ('seed', 'out_dir', 'data_dir')  # the fingerprint says more than data_dir
 
 
 def facts(run):
     """{name: value} of what should be the same in runs that are compared."""
     settings = run.config['settings']
     told = {**settings, **run.config, **run.summary}
-    if told.get('init_from') in ('auto', 'resume'):
-        told['init_from'] = 'scratch'
-    idle = set(UNIMPORTANT)
+    idle = set(EXPECTED)
     if settings.get('prune_score') == 'none':
-        idle |= {name for name in settings if name.startswith('prune_')} - {'prune_score'}
-        idle.add('target_sparsity')
+        idle |= {'target_sparsity', *(name for name in settings if name.startswith('prune_'))}
+        idle.remove('prune_score')
     return {name: told.get(name) for name in (*FACTS, *settings) if name not in idle}
 
 
-def declared(folder):
-    """The settings that experiments/NAME.py says are `varied`, for a run in .../NAME/RUN."""
-    experiment = os.path.basename(os.path.dirname(os.path.abspath(folder)))
-    path = os.path.join('experiments', f'{experiment}.py')
+def read_experiment(path):
+    """What an experiment file assigns; Refused if it cannot be read."""
     try:
-        return read_config(path).get('varied', []) if os.path.exists(path) else []
+        return read_config(path)
     except ValueError as error:
         raise Refused(str(error)) from None
 
 
+def varied(folder):
+    """What experiments/NAME.py, for a run in .../NAME/RUN, says is varied on purpose."""
+    experiment = os.path.basename(os.path.dirname(os.path.abspath(folder)))
+    path = os.path.join('experiments', f'{experiment}.py')
+    return read_experiment(path).get('varied', ()) if os.path.exists(path) else ()
+
+
 def unfair(runs, varied=()):
-    """Lines that say why these runs must not be compared just so, but for what is varied."""
+    """Lines that say why these runs must not be compared just so, but for what is `varied`."""
     views = [facts(run) for run in runs]
     lines = []
-    names = {}  # a set that keeps its order
-    for view in views:
-        names.update(view)
-    for name in names.keys() - set(varied):
+    names = dict.fromkeys(sum(map(list, views), []))  # a set that keeps its order
+    for name in [name for name in names if name not in varied]:
         groups = {}
         for run, view in zip(runs, views):
             groups.setdefault(view.get(name), []).append(run.name)
@@ -242,7 +186,9 @@ def unfair(runs, varied=()):
 # --- picture; a curve is an array (2, N): millions of training tokens, values ---------------------
 
 FONT = 8  # points
-HEIGHTS = {'validation loss': 5, 'minus the first': 2.5, 'sparsity': 1, 'learning rate': 1}
+HEIGHTS = {'perplexity': 5, 'validation loss': 5, 'minus the first': 2.5, 'sparsity': 1,
+           'learning rate': 1}
+LABELLED = {'perplexity': '.2f', 'validation loss': '.3f', 'minus the first': '.3f'}
 
 
 def series(run, key):
@@ -253,17 +199,32 @@ def series(run, key):
     return np.array(shown).reshape(-1, 2).T
 
 
-def smooth(curve):
-    """Its means over fiftieths of its points."""
-    width = max(1, curve.shape[1] // 50)
-    return curve[:, curve.shape[1] % width:].reshape(2, -1, width).mean(-1)
-
-
 def difference(run, first):
     """Validation loss of `run` minus that of `first` where both were evaluated."""
     theirs = dict(series(first, 'val_loss').T)
     points = [(x, y - theirs[x]) for x, y in series(run, 'val_loss').T if x in theirs]
     return np.array(points).reshape(-1, 2).T
+
+
+def methods(arms):
+    """{method: array (3, N) of the share of prunable weights that is gone, perplexity, its standard
+    error} of arms that are pruned to several sparsities, else {}. A method of several arms begins
+    at the baseline. A dense model with fewer weights stands where a pruned one has as many."""
+    told = {name: [numbers(run) for run in runs] for name, runs in arms.items()}
+    pruned = [each for each in sum(told.values(), []) if each['sparsity'] > 0]
+    if len({round(each['sparsity'], 2) for each in pruned}) < 2:
+        return {}
+    prunable = max(each['sparsity_all'] / each['sparsity'] for each in pruned)  # share of all
+    whole = next(iter(told.values()))[0]['nonzero']
+    points = {}
+    for name, of_arm in told.items():
+        gone = (1 - estimate(of_arm, 'nonzero')[0] / whole) / prunable
+        loss, error = estimate(of_arm, 'val_loss')
+        method = name.removesuffix(f'_{100 * estimate(of_arm, "sparsity")[0]:.0f}')
+        points.setdefault(method, []).append((gone, np.exp(loss), np.exp(loss) * error))
+    baseline = next(iter(points.values()))[:1]
+    return {method: np.array(sorted(baseline + of_method) if of_method[1:] else of_method).T
+            for method, of_method in points.items()}
 
 
 def sparsity_grid(run):
@@ -277,59 +238,70 @@ def sparsity_grid(run):
     return list(shares), np.array(list(shares.values())).T
 
 
-def picture(runs):
-    """A matplotlib Figure: losses, difference to the first run, sparsity and learning rate over
-    tokens; beside them the sparsity of each matrix of the first pruned runs."""
+def picture(arms, curves=''):
+    """A matplotlib Figure: perplexity over sparsity; losses, difference to the first run, sparsity
+    and learning rate over tokens, of the runs named in `curves`; beside them the sparsity of each
+    matrix of the first pruned runs."""
     import matplotlib
     from matplotlib.figure import Figure
 
     matplotlib.rcParams['font.size'] = FONT
-    pruned = {f'C{i}': run for i, run in enumerate(runs) if sparsity_grid(run)[0]}
-    figure = Figure(figsize=(12.5, 7.5), dpi=120, layout='constrained')
+    runs = sum(arms.values(), [])
+    if unknown := set(curves.split(',')) - {'', *(run.name for run in runs)}:
+        raise Refused(f"curves='{curves}': none of these runs is {' or '.join(unknown)}")
+    runs = [run for run in runs if not curves or run.name in curves.split(',')]
+    panels = {
+        'perplexity': methods(arms),
+        'validation loss': {run.name: series(run, 'val_loss') for run in runs},  # nat a token
+        'minus the first': {run.name: difference(run, runs[0]) for run in runs},
+        'sparsity': {run.name: series(run, 'sparsity') for run in runs},
+        'learning rate': {run.name: series(run, 'lr') for run in runs},
+    }
+    for label in ('perplexity', 'minus the first', 'sparsity'):
+        if not any(curve[1].any() for curve in panels[label].values()):
+            del panels[label]
+    height = sum(HEIGHTS[label] for label in panels)
+    figure = Figure(figsize=(12.5, 3 + height / 2), dpi=120, layout='constrained')
     left = figure
-    if pruned:
+    if pruned := {f'C{i}': run for i, run in enumerate(runs) if sparsity_grid(run)[0]}:
         left, right = figure.subfigures(1, 2, width_ratios=(3, 1), wspace=0.02)
         draw_maps(right, pruned)
-    axes = draw_curves(left, runs)
+    axes = draw_panels(left, panels)
+    if len(runs) <= 3:  # training losses of more cannot be told apart
+        axes['validation loss'].set_ylabel('loss (dots: validation, thin: training)')
+        for i, run in enumerate(runs):
+            axes['validation loss'].plot(*series(run, 'loss'), color=f'C{i}', linewidth=0.2)
     figure.draw_without_rendering()  # fixes the heights of the panels
-    label_ends(axes['validation loss'], runs)
-    if 'minus the first' in axes:
-        label_ends(axes['minus the first'], runs)
+    for label in LABELLED.keys() & panels.keys():
+        label_ends(axes[label], panels[label], LABELLED[label])
     return figure
 
 
-def draw_curves(figure, runs):
-    """Panels one below the other, without those that have nothing to show: {label: axis}."""
-    panels = {
-        'validation loss': [series(run, 'val_loss') for run in runs],  # nat a token
-        'minus the first': [difference(run, runs[0]) for run in runs],
-        'sparsity': [series(run, 'sparsity') for run in runs],
-        'learning rate': [series(run, 'lr') for run in runs],
-    }
-    for label in ('minus the first', 'sparsity'):
-        if not any(curve[1].any() for curve in panels[label]):
-            del panels[label]
+def draw_panels(figure, panels):
+    """Panels of curves, one below the other: {label: axis}. panels: {label: {name: curve}}."""
     heights = [HEIGHTS[label] for label in panels]
-    axes = dict(zip(panels, figure.subplots(len(panels), sharex=True, height_ratios=heights)))
+    axes = dict(zip(panels, figure.subplots(len(panels), height_ratios=heights)))
     for label, axis in axes.items():
         axis.set_ylabel(label)
         axis.grid(alpha=0.25)
         axis.spines[['top', 'right']].set_visible(False)
-        marker = 'o' if label == 'validation loss' else ''
-        for i, curve in enumerate(panels[label]):
-            axis.plot(*curve, color=f'C{i}', marker=marker, markersize=3)
+        marker = 'o' if label in ('perplexity', 'validation loss') else ''
+        for i, curve in enumerate(panels[label].values()):
+            axis.errorbar(*curve, color=f'C{i}', marker=marker, markersize=3)
+        if label == 'perplexity':
+            axis.set_xlabel('share of the prunable weights that is gone')
+            axis.xaxis.set_major_formatter('{x:.0%}')
+        elif label != 'learning rate':
+            axis.sharex(axes['learning rate'])
+            axis.tick_params(labelbottom=False)
     axis.ticklabel_format(axis='y', style='sci', scilimits=(0, 0))
     axis.set_xlabel('training tokens (millions)')
-    if len(runs) <= 3:  # training losses of more cannot be told apart
-        axes['validation loss'].set_ylabel('loss (dots: validation, thin: training)')
-        for i, run in enumerate(runs):
-            axes['validation loss'].plot(*smooth(series(run, 'loss')), color=f'C{i}', linewidth=0.5)
     return axes
 
 
-def label_ends(axis, runs):
+def label_ends(axis, names, form='.3f'):
     """Scale the axis to what matters, all after a tenth of the longest run and every last value.
-    Right of it write name and last value of the runs, the first lines, none over another."""
+    Right of it write names and last values of the first lines, none over another."""
     lines = [line for line in axis.lines if line.get_xydata().size]
     if not lines:
         return
@@ -340,13 +312,13 @@ def label_ends(axis, runs):
     axis.set_ylim(min(shown) - margin, max(shown) + margin)
     panel = axis.bbox.height / axis.figure.dpi * 72  # its height in points
     gap = 1.25 * FONT / panel * (np.ptp(shown) + 2 * margin)
-    ends = [(line.get_ydata()[-1], line.get_xdata()[-1], run.name, line.get_color())
-            for line, run in zip(axis.lines, runs) if line in lines]
+    ends = [(line.get_ydata()[-1], line.get_xdata()[-1], name, line.get_color())
+            for line, name in zip(axis.lines, names) if line in lines]
     height = -math.inf
     for y, x, name, color in sorted(ends):
         height = max(y, height + gap)
         leader = dict(arrowstyle='-', color=color, linewidth=0.6, linestyle=':', relpos=(0, 0.5))
-        axis.annotate(f'{name}  {y:.3f}', (x, y), (1.03, height), color=color, va='center',
+        axis.annotate(f'{name}  {y:{form}}', (x, y), (1.03, height), color=color, va='center',
                       textcoords=axis.get_yaxis_transform(), arrowprops=leader,
                       annotation_clip=False, parse_math=False)  # a name may hold a '$'
 
@@ -368,6 +340,43 @@ def draw_maps(figure, pruned):
                     label=f'sparsity of a matrix, {len(shown)} of {len(pruned)} pruned runs')
 
 
+def compare(folders, options, plot=''):
+    """Print the table and what makes it unfair, and draw the picture; returns the text."""
+    s, problems, _ = parse(ReportSettings, options, config_files=False)
+    if problems:
+        raise Refused(problems)
+    arms = load_arms(folders, s.baseline)
+    lines = unfair(sum(arms.values(), []), varied(folders[0]))
+    text = '\n'.join([table(arms), '', *(f'- careful: {line}' for line in lines)]).strip()
+    print(text)
+    if path := s.plot or plot:
+        kind = os.path.splitext(path)[1][1:] or 'png'
+        try:
+            picture(arms, s.curves).savefig(path, format=kind, bbox_inches='tight')
+        except (ImportError, OSError, ValueError) as error:  # ValueError: an unknown kind of file
+            raise Refused(f"plot='{path}' cannot be written ({error}); choose another --plot, or "
+                          'pip install matplotlib') from None
+        print(f'picture: {path}')
+    return text
+
+
+BLOCK = re.compile(r'(<!-- results: (\S+)(.*) -->\n)(?:.*\n)*?(<!-- end -->)')
+
+
+def renew(path, options):
+    """Write the tables of a Markdown file, and their pictures, anew from results/."""
+    def block(found):
+        folders = sorted(glob.glob(f'results/{found[2]}/*/'))
+        if not folders:
+            raise Refused(f'{path}: results/{found[2]} has no runs')
+        text = compare(folders, [*found[3].split(), *options])
+        return f'{found[1]}\n{text}\n\n{found[4]}'
+
+    with open(path, encoding='utf-8') as f:
+        text = BLOCK.sub(block, f.read())
+    write_atomically(path, lambda f: f.write(text.encode()))
+
+
 def main(argv):
     """Print the table and write the picture; returns the exit code."""
     argv = arguments(ReportSettings, argv)
@@ -376,24 +385,11 @@ def main(argv):
     if '--help' in argv or not folders:
         print(help_text(ReportSettings, __doc__))
         return 0 if '--help' in argv else 2
-    settings, problems, _ = parse(ReportSettings, options, config_files=False)
-    if problems:
-        raise Refused(problems)
-    names = [os.path.basename(os.path.abspath(folder)) for folder in folders]
-    if len(set(names)) < len(names):
-        names = folders
-    runs = [load_run(folder, name) for folder, name in zip(folders, names)]
-    print(table(runs))
-    for line in unfair(runs):
-        print(f'  careful: {line}')
-    beside = os.path.join(folders[0], 'loss.png')
-    path = settings.plot or (beside if len(runs) == 1 else 'report.png')
-    try:
-        picture(runs).savefig(path, bbox_inches='tight')
-    except (ImportError, OSError, ValueError) as error:  # ValueError: an unknown kind of file
-        raise Refused(f"plot='{path}' cannot be written ({error}); choose another --plot, or pip "
-                      'install matplotlib') from None
-    print(f'picture: {path}')
+    if folders[0].endswith('.md'):
+        renew(folders[0], options)
+    else:
+        alone = os.path.join(folders[0], 'loss.png')
+        compare(folders, options, plot='report.png' if folders[1:] else alone)
     return 0
 
 

@@ -3,8 +3,9 @@
     python sweep.py experiments/table_3000.py --gpus=4 --time_limit=540
 
 An experiment is a Python file with `base`, a preset, and `runs`, {name: {setting: value}}; `common`
-holds settings of all runs. Call it again until all are finished. Then it prints report.py's table,
-draws its picture, and copies each run's config, summary and thinned metrics to results/NAME/RUN/.
+holds settings of all runs, and `varied` names settings that report.py expects to differ. Call it
+again until all are finished. It prints report.py's table, draws its picture, and copies each run's
+config, summary and thinned metrics to results/NAME/RUN/.
 """
 import json
 import math
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 import report
 from support.files import read_json, write_atomically, write_json
 from support.rundir import read_metrics
-from support.settings import Path, Refused, arguments, help_text, parse, read_config, run_command
+from support.settings import Path, Refused, arguments, help_text, parse, run_command
 
 HOME = os.path.dirname(os.path.abspath(__file__))
 METRICS_KEPT = 200  # lines of a run's metrics in results/
@@ -33,25 +34,11 @@ class SweepSettings:
     out_dir: Path = 'out'  # runs go to OUT_DIR/NAME/RUN
 
 
-@dataclass
-class Job:
-    """One run of the experiment while it trains."""
-    name: str
-    process: subprocess.Popen
-    gpus: list  # their numbers, or [None]
-
-
 def read_experiment(path):
     """(name, base preset, {run: {setting: value}}) of an experiment file."""
-    try:
-        told = read_config(path)
-    except ValueError as error:
-        raise Refused(str(error)) from None
-    if not isinstance(told.get('runs', {}), dict):
-        raise Refused(f'{path}: runs must be a dict {{name: {{setting: value}}}}')
-    missing = [key for key in ('base', 'runs') if key not in told]
-    if missing:
-        raise Refused(f"{path}: assigns no {' and no '.join(missing)}; see sweep.py --help")
+    told = report.read_experiment(path)
+    if 'base' not in told or not isinstance(told.get('runs'), dict):
+        raise Refused(f'{path} must assign base, a preset, and runs = {{name: {{setting: value}}}}')
     common = told.get('common', {})
     runs = {name: {**common, **changes} for name, changes in told['runs'].items()}
     return os.path.basename(path).removesuffix('.py'), told['base'], runs
@@ -59,7 +46,7 @@ def read_experiment(path):
 
 def is_finished(folder, settings):
     """Whether `folder` holds a finished run of these settings; train.py refuses one of others."""
-    summary = read_json(os.path.join(folder, 'summary.json'))
+    summary = read_json(os.path.join(folder, 'summary.json'), ['exit_reason'])
     if not summary or summary['exit_reason'] != 'finished':
         return False
     made_with = read_json(os.path.join(folder, 'config.json'))['settings']
@@ -67,7 +54,7 @@ def is_finished(folder, settings):
 
 
 def start(name, base, settings, folder, gpus):
-    """Train, or continue, one run in `folder`; what it says goes to FOLDER.log."""
+    """The process that trains, or continues, one run in `folder`; it says so in FOLDER.log."""
     command = [sys.executable]
     if len(gpus) > 1:
         command += ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={len(gpus)}']
@@ -80,37 +67,38 @@ def start(name, base, settings, folder, gpus):
         process = subprocess.Popen(command, cwd=HOME, env=environment, stdout=log, stderr=log)
     where = '' if None in gpus else f' on GPU {gpus}'
     print(f'{name}: started{where}; it says: {folder}.log', flush=True)
-    return Job(name, process, gpus)
+    return process
 
 
 def run_all(base, runs, folders, s):
     """Train what is not finished, until all are or the time is up. Returns {run: exit code}."""
     waiting = [name for name in runs if not is_finished(folders[name], runs[name])]
     free = list(range(s.gpus)) or [None]  # None: the device that the settings name
-    running = []
+    running = {}  # run: (process, its GPUs)
     codes = {}
     deadline = time.monotonic() + s.time_limit if s.time_limit else float('inf')
     while (waiting or running) and time.monotonic() < deadline:
         while waiting and len(free) >= s.gpus_a_run:
-            gpus = [free.pop(0) for _ in range(s.gpus_a_run)]
             name = waiting.pop(0)
-            running.append(start(name, base, runs[name], folders[name], gpus))
+            gpus = [free.pop(0) for _ in range(s.gpus_a_run)]
+            running[name] = start(name, base, runs[name], folders[name], gpus), gpus
         time.sleep(0.2)
-        for job in [job for job in running if job.process.poll() is not None]:
-            running.remove(job)
-            free += job.gpus
-            codes[job.name] = job.process.returncode
-            print(f'{job.name}: ended with exit code {codes[job.name]}', flush=True)
-    for job in running:
-        job.process.send_signal(signal.SIGTERM)
-    for job in running:
+        for name in [name for name in running if running[name][0].poll() is not None]:
+            process, gpus = running.pop(name)
+            free += gpus
+            codes[name] = process.returncode
+            print(f'{name}: ended with exit code {codes[name]}', flush=True)
+    for process, _ in running.values():
+        process.send_signal(signal.SIGTERM)
+    for name, (process, _) in running.items():
+        told = 'the time is up'
         try:
-            codes[job.name] = job.process.wait(timeout=SAVING_SECONDS)
-            print(f'{job.name}: the time is up; the same command continues it', flush=True)
+            process.wait(timeout=SAVING_SECONDS)
         except subprocess.TimeoutExpired:
-            job.process.kill()
-            print(f'{job.name}: killed, because it had not saved after {SAVING_SECONDS} s; the '
-                  'same command continues it from its last checkpoint', flush=True)
+            process.kill()
+            told = f'killed, because it had not saved after {SAVING_SECONDS} s'
+        codes[name] = process.wait()
+        print(f'{name}: {told}; the same command continues it', flush=True)
     return codes
 
 
@@ -125,8 +113,7 @@ def keep_results(folder, place):
     records = read_metrics(os.path.join(folder, 'metrics.jsonl'))
     steps = [record['step'] for record in records if 'loss' in record]  # of training
     room = max(1, METRICS_KEPT - (len(records) - len(steps)))
-    every = math.ceil(len(steps) / room) or 1
-    left = set(steps[::-every])  # from the last backwards
+    left = set(steps[::-math.ceil(len(steps) / room) or 1])  # from the last backwards
     kept = [record for record in records if 'loss' not in record or record['step'] in left]
     text = ''.join(json.dumps(record) + '\n' for record in kept)
     write_atomically(os.path.join(place, 'metrics.jsonl'), lambda f: f.write(text.encode()))
@@ -152,12 +139,10 @@ def main(argv):
     for name in done:
         keep_results(folders[name], os.path.join('results', experiment, name))
     if done:
-        picture = os.path.join(parent, 'report.png')
-        report.main([*(folders[name] for name in done), f'--plot={picture}'])
-    left = [name for name in runs if name not in done]
-    for name in left:
+        report.compare([folders[name] for name in done], [], os.path.join(parent, 'report.png'))
+    for name in [name for name in runs if name not in done]:
         print(f'{name}: not finished (exit code {codes.get(name, "none: not started")})')
-    return 1 if left else 0
+    return 1 if len(done) < len(runs) else 0
 
 
 if __name__ == '__main__':

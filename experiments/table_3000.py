@@ -9,6 +9,7 @@ common = dict(
     eval_interval=250, eval_tokens=1_048_576, log_interval=20, save_interval=1000)
 _pruned = dict(prune_score='magnitude', prune_start=1500, prune_end=2940, prune_interval=10,
                prune_lr_power=1)
+varied = ['optimizer', 'prune_score', 'target_sparsity']
 runs = {
     'dense_1337': dict(seed=1337),
     'best_50_1337': dict(seed=1337, target_sparsity=0.5, **_pruned),

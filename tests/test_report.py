@@ -1,12 +1,17 @@
-"""report.py on run directories made here: the table, what is unfair, and what the picture shows."""
+"""report.py on run directories made here: the table, what is unfair, and what the picture shows.
+
+And on results/: the tables in docs/ are those of the committed figures.
+"""
 import json
 import math
 import os
+import shutil
+import statistics
 import sys
 
 import numpy as np
 import pytest
-from conftest import refusal
+from conftest import HOME, refusal
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 
@@ -29,9 +34,10 @@ def run(tmp_path, monkeypatch):
     """A function (name, ...) -> run directory, evaluated every 50 steps, of 3 layers."""
     monkeypatch.chdir(tmp_path)  # where pictures of several runs go
 
-    def make(name, final=3.0, steps=400, sparsity=0.0, ended=True, summary=()):
+    def make(name, final=3.0, steps=400, sparsity=0.0, ended=True, summary=(), seed=1, layers=3,
+             matrices=MATRICES):
         folder = tmp_path / name
-        folder.mkdir()
+        folder.mkdir(parents=True)
         records = []
         for step in range(steps + 1):
             if step % 10 == 0 and step > 0:
@@ -42,19 +48,21 @@ def run(tmp_path, monkeypatch):
                 loss = loss_at(step, final)
                 records.append(dict(step=step, val_loss=loss, val_ppl=math.exp(loss)))
         write_lines(folder / 'metrics.jsonl', records)
-        told = dict(seed=1, block_size=64, eval_tokens=640, dataset='tiny', learning_rate=1e-3,
-                    out_dir=str(folder), log_interval=10, prune_scope='blocks', prune_end=300,
+        told = dict(seed=seed, block_size=64, eval_tokens=640, dataset='tiny', learning_rate=1e-3,
+                    out_dir=str(folder), prune_scope='blocks', prune_end=300,
+                    target_sparsity=sparsity or 0.5,
                     prune_score='magnitude' if sparsity else 'none')
-        config = dict(settings=told, data=dict(name='tiny'), fingerprint='f00d', dtype='float32',
-                      commit='c0ffee', edited=False)
+        config = dict(settings=told, data=dict(name='tiny', train_tokens=200_000),
+                      fingerprint='f00d', dtype='float32', commit='c0ffee', edited=False,
+                      torch='2.11', device='H100')
         (folder / 'config.json').write_text(json.dumps(config))
         by_layer = {f'blocks.{n}.{matrix}.weight': sparsity + n / 100 + i / 1000
-                    for n in range(3) for i, matrix in enumerate(MATRICES)}
+                    for n in range(layers) for i, matrix in enumerate(matrices)}
         content = dict(
             steps=steps, tokens=steps * BATCH, val_loss=loss, val_ppl=math.exp(loss),
             best_val_loss=loss, sparsity=sparsity, sparsity_all=sparsity / 2,
             sparsity_by_layer=by_layer if sparsity else {}, tokens_per_second=5e5, mfu=0.4,
-            peak_memory_bytes=2**31, compiled_graphs=6, graph_breaks=0, rung=0,
+            peak_memory_bytes=2**31, peak_reserved_bytes=3 * 2**30, rung=0,
             rung_label='as configured', effective_batch=8, parameters=1000, dataset='tiny',
             fingerprint='f00d', exit_reason='finished')
         if ended:
@@ -63,8 +71,26 @@ def run(tmp_path, monkeypatch):
     return make
 
 
+def arms_of(*folders):
+    return report.load_arms(folders, '')
+
+
 def loaded(*folders):
-    return [report.load_run(folder, os.path.basename(folder)) for folder in folders]
+    return sum(arms_of(*folders).values(), [])
+
+
+def drawn(*folders, curves=''):
+    return report.picture(arms_of(*folders), curves)
+
+
+def cells(line):
+    return [cell.strip() for cell in line.strip('|').split('|')]
+
+
+def rows(printed):
+    """{arm: {heading: cell}} of a printed table."""
+    lines = [cells(line) for line in printed.splitlines() if line.startswith('|')]
+    return {line[0]: dict(zip(lines[0], line)) for line in lines[2:]}
 
 
 def axis_of(figure, label):
@@ -85,16 +111,59 @@ def height_of(text, canvas):
 
 
 def test_table_says_what_the_summaries_say(run, capsys):
-    folders = [run('short', sparsity=0.5), run('a_longer_name', final=2.5, summary=dict(mfu=None))]
+    folders = [run('short', sparsity=0.5), run('a_longer_name', final=2.5)]
+    edit(folders[1], data=dict(name='tiny'))
     assert report.main(folders) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ('run steps tokens val loss perplexity best loss sparsity of all '
-                                'tok/s MFU peak GiB graphs breaks rung ended').split()
-    assert lines[1].split() == ['short', '400', '400,000', '3.0000', '20.09', '3.0000', '50.0%',
-                                '25.0%', '500,000', '40.0%', '2.00', '6', '0', '0', 'finished']
-    assert lines[2].split() == ['a_longer_name', '400', '400,000', '2.5000', '12.18', '2.5000',
-                                '0.0%', '0.0%', '500,000', '-', '2.00', '6', '0', '0', 'finished']
-    assert len(lines[0]) == len(lines[1]) == len(lines[2])
+    assert cells(lines[0]) == [
+        'arm', 'seeds', 'sparsity', 'val loss', 'perplexity', 'minus baseline', 'in perplexity',
+        'train loss, last 10 logged', 'non-zero', 'mean density', 'tokens', 'epochs',
+        'tok/s, median', 'peak GiB, allocated', 'reserved']
+    assert set(lines[1]) == set('|-: ')
+    assert cells(lines[2]) == [
+        'short', '1', '50.0%', '3.0000', '20.09', '-', '-', '2.9000', '0.0M', '74.4%', '0.4M',
+        '2.00', '500,000', '2.00', '3.00']
+    assert cells(lines[3]) == [
+        'a_longer_name', '1', '0.0%', '2.5000', '12.18', '-0.5000', '-39.3%', '2.4000', '0.0M',
+        '100.0%', '0.4M', '-', '500,000', '2.00', '3.00']
+    assert len({len(line) for line in lines[:4]}) == 1
+
+
+def test_arms_are_means_over_seeds_and_differences_are_paired(run, capsys):
+    finals = {'dense': {1: 3.0, 2: 3.2, 3: 3.1}, 'half': {1: 3.02, 2: 3.19, 3: 3.15, 4: 9.0}}
+    folders = [run(f'{arm}_{seed}', final=final, seed=seed)
+               for arm in finals for seed, final in finals[arm].items()]
+    assert report.main([*folders, '--baseline=half']) == 0
+    half, dense = rows(capsys.readouterr().out).values()  # the baseline first
+
+    def told(values, form):
+        error = statistics.stdev(values) / len(values) ** 0.5
+        return form.format(statistics.fmean(values), error)
+
+    gaps = [final - finals['half'][seed] for seed, final in finals['dense'].items()]
+    assert (dense['seeds'], half['seeds']) == ('3', '4')
+    assert dense['val loss'] == told(finals['dense'].values(), '{:.4f} ± {:.4f}')
+    assert dense['perplexity'] == f'{math.exp(3.1):.2f}'
+    assert dense['minus baseline'] == told(gaps, '{:+.4f} ± {:.4f}')
+    ratios = [math.exp(gap) - 1 for gap in gaps]
+    assert dense['in perplexity'] == told(ratios, '{:+.1%} ± {:.1%}')
+    assert half['minus baseline'] == '-'
+
+
+def test_a_trailing_number_that_is_not_the_seed_names_an_arm(run):
+    folders = [run('best_50', seed=1), run('best_75', seed=1), run('best_75_1', seed=1)]
+    assert list(arms_of(*folders)) == ['best_50', 'best_75']
+    problem, = refusal(report.main, [*folders, '--baseline=dense'])
+    assert problem == "baseline='dense' is not one of these arms: best_50, best_75"
+
+
+def test_what_a_run_has_not_measured_is_a_dash(run, tmp_path, capsys):
+    folder = run('old', ended=False)
+    write_lines(tmp_path / 'old' / 'metrics.jsonl', [])
+    report.main([folder])
+    old = rows(capsys.readouterr().out)['old']
+    assert {heading for heading, cell in old.items() if cell != '-'} == {'arm', 'seeds', 'tokens',
+                                                                         'epochs'}
 
 
 def test_what_makes_a_comparison_unfair_is_said(run):
@@ -118,14 +187,32 @@ def edit(folder, **changes):
         json.dump({**config, **changes}, f)
 
 
-def test_settings_that_differ_are_named_the_decisive_first(run):
+def test_whatever_differs_is_named_the_decisive_first(run):
     first, other = run('first'), run('other')
-    edit(other, edited=True, commit='beef', settings=dict(
-        learning_rate=2e-3, seed=2, log_interval=1, out_dir='x', prune_end=7))
+    edit(other, edited=True, commit='beef', torch='2.12', device='H200', settings=dict(
+        learning_rate=2e-3, seed=2, log_interval=1, out_dir='x', prune_end=7, target_sparsity=0.9))
+    edit(first, settings=dict(log_interval=10))
     assert report.unfair(loaded(first, other)) == [
-        'commit differs: c0ffee (first), beef (other)', 'seed differs: 1 (first), 2 (other)',
+        'commit differs: c0ffee (first), beef (other)',
+        'torch differs: 2.11 (first), 2.12 (other)', 'device differs: H100 (first), H200 (other)',
         'learning_rate differs: 0.001 (first), 0.002 (other)',  # prune_end: neither prunes
+        'log_interval differs: 10 (first), 1 (other)',
         'other was made by code that differs from its commit']
+
+
+def test_what_the_experiment_declares_is_not_called_unfair(run, tmp_path, capsys):
+    folders = [run(f'small/{name}', sparsity=sparsity)
+               for name, sparsity in (('dense', 0), ('half', 0.5), ('most', 0.9))]
+    edit(folders[2], torch='2.12')
+    (tmp_path / 'experiments').mkdir()
+    experiment = tmp_path / 'experiments' / 'small.py'
+    experiment.write_text("varied = ['prune_score', 'target_sparsity']\n")
+    report.main(folders)
+    assert [line for line in capsys.readouterr().out.splitlines() if 'careful' in line] == [
+        '- careful: torch differs: 2.11 (dense, half), 2.12 (most)']
+    experiment.write_text('varied = [')
+    problem, = refusal(report.main, folders)
+    assert problem.startswith("config file 'experiments/small.py' cannot be read: SyntaxError")
 
 
 def test_pruned_beside_dense_differ_in_the_score_only(run):
@@ -136,11 +223,12 @@ def test_pruned_beside_dense_differ_in_the_score_only(run):
 def test_run_that_goes_on_is_shown_with_what_it_has(run, capsys):
     going, resumed = run('going', steps=155, ended=False), run('resumed', summary=dict(steps=200))
     assert report.main([going, resumed]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[1].split()[:4] == ['going', '150', '150,000', f'{loss_at(150, 3.0):.4f}']
-    assert lines[1].split()[-1] == lines[2].split()[-1] == 'running'
-    assert lines[2].split()[1:3] == ['400', '400,000']
-    assert '  careful: going has not finished: running' in lines
+    printed = capsys.readouterr().out
+    told = rows(printed)
+    assert told['going']['val loss'] == f'{loss_at(150, 3.0):.4f}'
+    assert told['going']['epochs'] == '0.75' and told['resumed']['epochs'] == '2.00'
+    for name in ('going', 'resumed'):
+        assert f'- careful: {name} has not finished: running' in printed.splitlines()
 
 
 def test_no_run_is_refused(run, tmp_path):
@@ -166,46 +254,48 @@ def test_picture_is_written_where_it_is_said(run, tmp_path, capsys):
     report.main([folder])
     report.main([folder, run('two')])
     report.main([folder, '--plot=named.png'])
-    for path in (tmp_path / 'one' / 'loss.png', tmp_path / 'report.png', tmp_path / 'named.png'):
-        assert path.read_bytes().startswith(b'\x89PNG') and path.stat().st_size > 10_000
-    assert capsys.readouterr().out.count('picture: ') == 3
+    report.main([folder, '--plot=bare'])
+    for path in ('one/loss.png', 'report.png', 'named.png', 'bare'):
+        assert (tmp_path / path).read_bytes().startswith(b'\x89PNG')
+    told = capsys.readouterr().out
+    assert told.count('picture: ') == 4 and 'picture: bare\n' in told
 
 
 def test_picture_that_cannot_be_written_is_refused_after_the_table(run, capsys, monkeypatch):
     folder = run('one')
-    for path in ('none/x.png', 'x.nonsense'):
+    for path in ('none/x.png', 'x.nonsense', folder):
         problem, = refusal(report.main, [folder, f'--plot={path}'])
         assert problem.startswith(f"plot='{path}' cannot be written (") and '\n' not in problem
-        assert capsys.readouterr().out.startswith('run ')
+        assert capsys.readouterr().out.startswith('| ')
     monkeypatch.setitem(sys.modules, 'matplotlib', None)
     problem, = refusal(report.main, [folder])
-    assert problem.endswith('pip install matplotlib') and capsys.readouterr().out.startswith('run ')
+    assert problem.endswith('pip install matplotlib') and capsys.readouterr().out.startswith('| ')
 
 
 def test_panels_are_those_that_have_something_to_show(run):
-    one = report.picture(loaded(run('one')))
+    one = drawn(run('one'))
     assert [axis.get_ylabel()[:9] for axis in one.axes] == ['loss (dot', 'learning ']
-    both = report.picture(loaded(run('dense'), run('pruned', final=2.9, sparsity=0.5)))
+    both = drawn(run('dense'), run('pruned', final=2.9, sparsity=0.5))
     labels = {axis.get_ylabel() for axis in both.axes}
     assert {'minus the first', 'sparsity', 'learning rate', 'layer'} <= labels
 
 
 def test_axis_is_scaled_to_what_comes_after_the_first_tenth(run):
-    runs = loaded(run('a'), run('short', final=4.2, steps=20), run('worse', final=3.5))
-    axis = axis_of(report.picture(runs), 'loss')
+    folders = [run('a'), run('short', final=4.2, steps=20), run('worse', final=3.5)]
+    axis = axis_of(drawn(*folders), 'loss')
     low, high = axis.get_ylim()
     assert 2.7 < low < 2.9  # the lowest training loss, and a margin
     assert loss_at(20, 4.2) - 0.1 < high < loss_at(0, 3.0)  # the last of the short run is in view
-    alone = axis_of(report.picture(runs[:1]), 'loss').get_ylim()[1]
+    alone = axis_of(drawn(folders[0]), 'loss').get_ylim()[1]
     assert loss_at(50, 3.0) < alone < loss_at(30, 3.0)
 
 
 def test_lines_are_validation_with_dots_and_training_only_of_few_runs(run):
-    runs = loaded(*[run(f'run_{i}', final=3 + i / 10) for i in range(4)])
-    few = axis_of(report.picture(runs[:3]), 'loss').lines
-    many = axis_of(report.picture(runs), 'validation loss').lines
+    folders = [run(f'run_{i}', final=3 + i / 10) for i in range(4)]
+    few = axis_of(drawn(*folders[:3]), 'loss').lines
+    many = axis_of(drawn(*folders), 'validation loss').lines
     assert len(few) == 6 and len(many) == 4
-    for line, each in zip(many, runs):
+    for line, each in zip(many, loaded(*folders)):
         tokens, values = line.get_data()
         np.testing.assert_allclose(tokens, [step * BATCH / 1e6 for step in range(50, 401, 50)])
         assert list(values) == [r['val_loss'] for r in each.metrics if 'val_loss' in r][1:]
@@ -214,15 +304,14 @@ def test_lines_are_validation_with_dots_and_training_only_of_few_runs(run):
 
 
 def test_difference_is_that_of_the_validation_losses(run):
-    runs = loaded(run('a'), run('b', final=3.25))
-    axis = axis_of(report.picture(runs), 'minus the first')
+    axis = axis_of(drawn(run('a'), run('b', final=3.25)), 'minus the first')
     np.testing.assert_allclose(axis.lines[1].get_ydata(), 0.25)
     assert texts(axis) == ['a  0.000', 'b  0.250']
 
 
 def test_labels_stand_level_with_their_ends_and_do_not_overlap(run):
     finals = [3.0, 3.001, 3.002, 3.003, 3.2, 3.2004, 3.4, 3.6, 3.60001, 3.8]
-    figure = report.picture(loaded(*[run(f'run_{i}', final=f) for i, f in enumerate(finals)]))
+    figure = drawn(*[run(f'run_{i}', final=f) for i, f in enumerate(finals)])
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     axis = axis_of(figure, 'validation loss')
@@ -237,7 +326,7 @@ def test_labels_stand_level_with_their_ends_and_do_not_overlap(run):
 
 def test_maps_show_the_sparsity_of_each_matrix(run):
     pruned = [run(f'p{i}', sparsity=0.2 + 0.1 * i) for i in range(4)]
-    figure = report.picture(loaded(run('dense'), *pruned))
+    figure = drawn(run('dense'), *pruned)
     maps = [axis for axis in figure.axes if axis.get_ylabel() == 'layer']
     assert [axis.get_title() for axis in maps] == ['p0', 'p1', 'p2']
     grid = maps[1].images[0].get_array()
@@ -250,7 +339,8 @@ def test_maps_show_the_sparsity_of_each_matrix(run):
 
 def test_names_are_shown_as_they_are(run, tmp_path):
     names = ['a_$b$_c', '$x', '{0}', '_hidden', 'back\\slash', 'x^2_{y}']
-    figure = report.picture(loaded(*[run(name, sparsity=0.5) for name in names]))
+    folders = [run(name, sparsity=(i + 1) / 10) for i, name in enumerate(names)]
+    figure = drawn(*folders)
     figure.savefig(tmp_path / 'x.png')
     axis = axis_of(figure, 'validation loss')
     assert texts(axis) == [f'{name}  3.000' for name in sorted(names)]
@@ -268,14 +358,105 @@ def test_runs_that_measured_little_or_nothing(run, tmp_path):
         f.write('{"step": 410, "val_loss": NaN}\n{"step": 41')
     for folders in ([nothing], [nothing, early, nan, run('good')]):
         assert report.main([*folders, f'--plot={tmp_path}/x.png']) == 0
-    figure = report.picture(loaded(early))
+    figure = drawn(early)
     axis = axis_of(figure, 'loss')
     assert texts(axis) == []  # a training loss is never called a validation loss
     assert axis.get_ylim()[1] < 8  # scaled to the training loss
 
 
 def test_same_names_become_paths(run, tmp_path, capsys):
-    (tmp_path / 'deep').mkdir()
     report.main([run('a'), run('deep/a')])
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[1:3]] == [f'{tmp_path}/a', f'{tmp_path}/deep/a']
+    assert list(rows(capsys.readouterr().out)) == [f'{tmp_path}/a', f'{tmp_path}/deep/a']
+
+
+def test_maps_of_several_depths_and_attentions_have_labels_of_their_own(run):
+    latent = ('attention.q', 'attention.key_up', 'mlp.fc')
+    figure = drawn(run('deep', sparsity=0.5, layers=5),
+                   run('latent', sparsity=0.6, matrices=latent))
+    deep, other = [axis for axis in figure.axes if axis.get_ylabel() == 'layer']
+    assert deep.images[0].get_array().shape == (5, 4)
+    assert other.images[0].get_array().shape == (3, 3)
+    assert [label.get_text() for label in deep.get_xticklabels()] == [
+        'attn\nqkv', 'attn\nproj', 'mlp\nfc', 'mlp\nproj']
+    assert [label.get_text() for label in other.get_xticklabels()] == [
+        'attn\nq', 'attn\nkey_up', 'mlp\nfc']
+
+
+def test_perplexity_over_sparsity_is_a_line_a_method_and_a_point_a_smaller_dense_model(run):
+    """The runs have 1,000 weights, of which the fixture lets half be pruned."""
+    finals = {'dense': (3.0, 0), 'best_50': (3.1, 0.5), 'best_90': (3.4, 0.9), '2_4': (3.2, 0.5)}
+    folders = [run(f'{arm}_{seed}', final=final + seed / 10, sparsity=sparsity, seed=seed)
+               for seed in (1, 2) for arm, (final, sparsity) in finals.items()]
+    smaller = run('dense_6_layers_1', final=3.5, summary=dict(parameters=750))
+    figure = drawn(*folders, smaller, curves='dense_1,best_50_1')
+    axis = axis_of(figure, 'perplexity')
+    assert {text.get_text().split()[0] for text in axis.texts} == {'dense', 'best', '2_4',
+                                                                   'dense_6_layers'}
+
+    def ppl(final):  # the mean of the losses of two seeds
+        return math.exp(final + 0.15)
+
+    shown = [line.get_xydata() for line in axis.lines]
+    expected = [[(0, ppl(3.0))], [(0, ppl(3.0)), (0.5, ppl(3.1)), (0.9, ppl(3.4))],
+                [(0.5, ppl(3.2))], [(0.5, math.exp(3.5))]]
+    for points, wanted in zip(shown, expected, strict=True):
+        np.testing.assert_allclose(points, wanted, rtol=1e-6, atol=1e-9)
+    segments = axis.collections[1].get_segments()  # error bars of `best`
+    error = 0.05 * ppl(3.1)  # of 3.2 and 3.3: their standard error is 0.05
+    np.testing.assert_allclose(segments[1][:, 1], [ppl(3.1) - error, ppl(3.1) + error], rtol=1e-6)
+    losses = axis_of(figure, 'loss')
+    assert [text.split()[0] for text in texts(losses)] == ['dense_1', 'best_50_1']
+    problem, = refusal(report.main, [*folders, '--curves=dense_1,dense_9'])
+    assert problem == "curves='dense_1,dense_9': none of these runs is dense_9"
+
+
+def test_one_sparsity_makes_no_panel_of_perplexity(run):
+    figure = drawn(run('dense'), run('a', sparsity=0.5), run('b', sparsity=0.5))
+    assert 'perplexity' not in [axis.get_ylabel() for axis in figure.axes]
+
+
+# --- results/ and docs/ ---------------------------------------------------------------------------
+
+
+def test_a_document_is_written_anew_between_its_marks_only(run, tmp_path, capsys):
+    for name in ('dense_1', 'half_1'):
+        run(f'results/small/{name}', final=3.0 if 'dense' in name else 2.9,
+            sparsity=0.0 if 'dense' in name else 0.5)
+    document = tmp_path / 'doc.md'
+    mark = '<!-- results: small --baseline=dense --plot=small.png -->'
+    document.write_text(f'above $1 \\1\n{mark}\nold\n\nolder\n<!-- end -->\nbelow\n')
+    assert report.main(['doc.md']) == 0
+    once = document.read_text()
+    assert once.startswith(f'above $1 \\1\n{mark}\n\n| ')
+    assert once.endswith('\n\n<!-- end -->\nbelow\n')
+    assert 'old' not in once and list(rows(once)) == ['dense', 'half']
+    assert '- careful: prune_score differs: none (dense_1), magnitude (half_1)\n' in once
+    assert (tmp_path / 'small.png').read_bytes().startswith(b'\x89PNG')
+    report.main(['doc.md'])
+    assert document.read_text() == once
+    document.write_text(once.replace('results: small', 'results: none'))
+    assert refusal(report.main, ['doc.md']) == ['doc.md: results/none has no runs']
+
+
+def test_tables_in_the_documents_are_those_of_the_results(tmp_path, monkeypatch):
+    monkeypatch.chdir(HOME)
+    monkeypatch.setattr(report, 'picture', lambda *_: NoPicture())
+    committed = HOME / 'docs' / 'RESULTS.md'
+    copied = shutil.copy(committed, tmp_path)
+    report.main([str(copied)])
+    assert (tmp_path / 'RESULTS.md').read_text() == committed.read_text()
+    assert '| best_50 |' in committed.read_text()
+
+
+class NoPicture:
+    def savefig(self, *_, **__):
+        """Nothing: docs/ stays as it is."""
+
+
+def test_results_are_small_and_complete():
+    runs = sorted(path.parent for path in HOME.glob('results/*/*/config.json'))
+    assert len(runs) >= 4
+    for folder in runs:
+        metrics = (folder / 'metrics.jsonl').read_text().splitlines()
+        assert 10 < len(metrics) <= 200
+        assert json.loads((folder / 'summary.json').read_text())['exit_reason'] == 'finished'

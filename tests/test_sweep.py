@@ -13,10 +13,12 @@ def experiment(tiny_data, tmp_path, monkeypatch):
     """Path of an experiment of two runs; results/ and out/ lie beside it."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'preset.py').write_text('grad_clip = 0.5\n')
-    path = tmp_path / 'small.py'
+    path = tmp_path / 'experiments' / 'small.py'
+    path.parent.mkdir()
     common = {**TINY, 'data_dir': str(tiny_data), 'max_iters': 12}
     path.write_text(f'base = {str(tmp_path / "preset.py")!r}\n'
                     f'common = {common!r}\n'
+                    "varied = ['tokens', 'learning_rate']\n"
                     "runs = {'first': {}, 'second': {'seed': 2, 'max_iters': 16}}\n")
     return path
 
@@ -30,7 +32,9 @@ def test_runs_leave_their_figures_and_a_report(experiment, tmp_path, capsys):
         assert json.loads((kept / 'summary.json').read_text())['steps'] == steps
         assert json.loads((kept / 'config.json').read_text())['settings']['grad_clip'] == 0.5
     printed = capsys.readouterr().out
-    assert 'seed differs' in printed
+    assert '|  first |     1 |' in printed and '| second |     1 |' in printed
+    assert 'careful: max_iters differs: 12 (first), 16 (second)' in printed
+    assert 'tokens differs' not in printed and 'seed differs' not in printed
     assert (tmp_path / 'out' / 'small' / 'report.png').exists()
     assert sweep.main([str(experiment)]) == 0
     assert 'started' not in capsys.readouterr().out  # what is finished is not run again
@@ -67,7 +71,7 @@ def test_metrics_are_thinned_but_evaluations_stay(tmp_path):
 def test_what_is_not_an_experiment_is_refused(tmp_path):
     path = tmp_path / 'wrong.py'
     path.write_text('base = "config/vanilla_baseline.py"\n')
-    assert 'assigns no runs' in refusal(sweep.main, [str(path)])[0]
+    assert 'must assign base, a preset, and runs' in refusal(sweep.main, [str(path)])[0]
     assert 'cannot be read' in refusal(sweep.main, [str(tmp_path / 'none.py')])[0]
     assert 'gpus_a_run=3' in refusal(sweep.main, [str(path), '--gpus=2', '--gpus_a_run=3'])[0]
 
