@@ -328,9 +328,9 @@ def evaluate_and_keep_best(run):
         run.log.measure(dict(step=p.step, val_loss=p.val_loss, val_ppl=perplexity,
                              sparsity=sparsity(run)))
         half_pruned = run.pruner and not run.pruner.frozen  # a best of those is of no use
-        if p.val_loss < p.best_val_loss and not half_pruned and p.step > 0:
+        if p.val_loss < p.best_val_loss and not half_pruned:
             p.best_val_loss = p.val_loss
-            if run.log.write:
+            if p.step > 0 and run.log.write:
                 save_best(run)
 
 
@@ -390,7 +390,7 @@ def log_step(run, loss, norm):
     loss = loss.item()
     stop_if_bad(run)
     now = time.monotonic()
-    seconds = (now - run.mark) / (p.step - run.mark_step)  # a step
+    seconds = max(1e-9, now - run.mark) / (p.step - run.mark_step)  # a step; clocks may stand
     run.mark, run.mark_step = now, p.step
     rate = effective_batch(s) * s.block_size / seconds
     mfu = None

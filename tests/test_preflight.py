@@ -92,20 +92,54 @@ def test_out_dir_that_is_a_file_or_lies_in_one(tiny, tmp_path):
             'another --out_dir']
 
 
-@pytest.mark.parametrize('name', ['last.pt', 'best.pt', 'summary.json'])
+@pytest.mark.parametrize('name', ['last.pt', 'previous.pt', 'best.pt', 'summary.json'])
 def test_out_dir_that_holds_another_run(tiny, tmp_path, name):
     (tmp_path / 'run').mkdir()
     (tmp_path / 'run' / name).write_text('{}')
     assert refusal(train.main, tiny()) == [
-        f"out_dir='{tmp_path}/run' holds another run; continue it with --init_from=resume or "
-        'choose another --out_dir']
+        f"out_dir='{tmp_path}/run' holds another run; --init_from=auto continues it, or begins it "
+        'again if it has no checkpoint; or choose another --out_dir']
     assert [f.name for f in (tmp_path / 'run').iterdir()] == [name]
 
 
 def test_resume_with_nothing_there(tiny, tmp_path):
     assert refusal(train.main, tiny(init_from='resume')) == [
         f"init_from='resume': no checkpoint {tmp_path}/run/last.pt; check the folder, or start "
-        'with --init_from=scratch']
+        'with --init_from=auto']
+
+
+def test_second_run_in_one_out_dir_is_refused_and_touches_nothing(tiny, tmp_path, monkeypatch):
+    """Also before the first checkpoint. A lock keeps out whoever opens the folder once more."""
+    ours = tmp_path / 'run'
+    announce = preflight.announce
+
+    def contents():
+        return {f.name: (f.read_bytes(), f.stat().st_mtime_ns) for f in ours.iterdir()}
+
+    def announce_and_start_another(run):
+        announce(run)
+        before = contents()
+        assert before.keys() == {'metrics.jsonl', 'train.log', 'config.json'}
+        for init_from in ('scratch', 'auto'):
+            assert refusal(train.main, tiny(init_from=init_from)) == [
+                f"out_dir='{ours}': another process trains there; wait for it, or choose another "
+                '--out_dir']
+        assert contents() == before
+
+    with monkeypatch.context() as patch:
+        patch.setattr(preflight, 'announce', announce_and_start_another)
+        assert train.main(tiny(max_iters=4, lr_decay_iters=8)) == 0
+    assert train.main(tiny(max_iters=8, init_from='auto')) == 0  # the lock went with the run
+
+
+def test_out_dir_is_judged_again_once_it_is_locked(tiny, tmp_path, monkeypatch):
+    """Another run may have ended in it between the two."""
+    asked = train.read_settings(tiny())
+    (tmp_path / 'run').mkdir()
+    (tmp_path / 'run' / 'summary.json').write_text('{}')
+    [problem] = refusal(train.prepare_run, *asked)
+    assert 'holds another run' in problem
+    assert [f.name for f in (tmp_path / 'run').iterdir()] == ['summary.json']
 
 
 def test_disk_without_room_for_the_checkpoints(tiny, tmp_path, monkeypatch):
@@ -270,5 +304,5 @@ def test_announcement_is_printed_logged_and_kept(tiny, tmp_path, capsys):
 
 
 def test_sizes_beyond_all_bounds_are_one_line(tiny):
-    told = refusal(train.main, tiny(n_embd=10**9, n_head=1))
-    assert len(told) == 1 and 'overflow' in told[0]
+    [problem] = refusal(train.main, tiny(n_embd=10**9, n_head=1))
+    assert problem.startswith('n_embd=1000000000: ')

@@ -13,6 +13,7 @@ import torch
 from conftest import HOME, TINY, last, losses, refusal
 from torch.nn import functional as F
 
+import prune
 import train
 from model import GPT
 from support.rundir import load_checkpoint, read_metrics
@@ -50,7 +51,8 @@ def finished(tiny_data, tmp_path_factory):
 
 def test_run_leaves_the_documented_files(finished):
     assert {f.name for f in finished.iterdir()} == {
-        'config.json', 'train.log', 'metrics.jsonl', 'last.pt', 'best.pt', 'summary.json'}
+        'config.json', 'train.log', 'metrics.jsonl', 'last.pt', 'previous.pt', 'best.pt',
+        'summary.json'}
 
 
 def test_metrics_have_the_documented_keys_at_the_documented_steps(finished):
@@ -117,7 +119,7 @@ def test_log_lines_are_aligned_and_fit_100_columns(finished, tiny, tmp_path, cap
     words = ('loss', 'norm', 'lr', 'k tok/s', 'GiB', 'eta')
     assert len({tuple(line.index(word) for word in words) for line in lines}) == 1
     long = dict(max_iters=600_000, learning_rate=6e-4, min_lr=6e-5, out_dir=tmp_path / 'long')
-    run = train.prepare_run(tiny(**long))
+    run = train.prepare_run(*train.read_settings(tiny(**long)))
     run.machine = run.machine._replace(peak_flops=1e10)
     run.progress.step = 1000
     run.mark = time.monotonic() - 200
@@ -129,7 +131,7 @@ def test_log_lines_are_aligned_and_fit_100_columns(finished, tiny, tmp_path, cap
 
 
 def test_utilisation_is_of_the_peak_of_all_processes(tiny):
-    run = train.prepare_run(tiny())
+    run = train.prepare_run(*train.read_settings(tiny()))
     run.machine = run.machine._replace(peak_flops=1e10, world=2)
     for step in (10, 20):
         run.progress.step = step
@@ -188,8 +190,9 @@ def test_evaluation_is_the_mean_over_the_first_windows(tiny, tmp_path, tiny_data
     windows = eval_tokens // 32 or (stream.tokens - 1) // 32
     targets = tokens[1:windows * 32 + 1]
     for batch_size in (1, 3, 7):
-        run = train.prepare_run(tiny(eval_tokens=eval_tokens, batch_size=batch_size, dropout=0.3,
-                                     out_dir=tmp_path / f'{batch_size}'))
+        run = train.prepare_run(*train.read_settings(tiny(
+            eval_tokens=eval_tokens, batch_size=batch_size, dropout=0.3,
+            out_dir=tmp_path / f'{batch_size}')))
         run.log.close()
         with torch.no_grad():
             logits = run.model.eval()(tokens[:windows * 32].view(-1, 32))
@@ -221,7 +224,7 @@ def test_evaluation_does_not_disturb_training(tiny, tmp_path):
 def test_training_is_that_of_a_plain_loop(tiny, tiny_data, tmp_path, grad_clip):
     """The same model under torch's AdamW and clip_grad_norm_, a whole batch at once."""
     told = dict(grad_clip=grad_clip, log_interval=1, beta1=0.8, beta2=0.9, weight_decay=0.3)
-    run = train.prepare_run(tiny(**told, out_dir=tmp_path / 'initial'))
+    run = train.prepare_run(*train.read_settings(tiny(**told, out_dir=tmp_path / 'initial')))
     run.log.close()
     model = GPT(run.model.config)
     model.load_state_dict(run.model.state_dict())
@@ -282,6 +285,30 @@ def test_an_epoch_holds_every_window_once_however_the_batch_is_divided(
     first, second = seen[:windows], seen[windows:2 * windows]
     assert sorted(first) == sorted(second) == list(range(windows)) and first != second
     assert seen == window_order(range(steps * 6), windows, 1337).tolist()
+
+
+def test_dropout_differs_between_the_micro_batches_of_a_step(tiny, monkeypatch):
+    """The same sequences in each: only dropout tells their losses apart."""
+    run = train.prepare_run(*train.read_settings(tiny(
+        dropout=0.5, batch_size=2, gradient_accumulation_steps=4)))
+    run.log.close()
+    batch = train.training_batch(run, 0)
+    monkeypatch.setattr(train, 'training_batch', lambda run, micro: batch)
+    forward = GPT.forward
+    seen = []
+
+    def noted(self, idx, targets=None):
+        loss = forward(self, idx, targets)
+        seen.append(loss.item())
+        return loss
+
+    monkeypatch.setattr(GPT, 'forward', noted)
+    train.local_gradients(run)
+    first = list(seen)
+    train.local_gradients(run)  # a function of the step, so it is the same again
+    run.progress.step += 1
+    train.local_gradients(run)
+    assert first == seen[4:8] and len(set(first + seen[8:])) == 8
 
 
 # --- NaN ------------------------------------------------------------------------------------------
@@ -384,14 +411,89 @@ def test_tracker_gets_what_is_measured(tiny, tmp_path, monkeypatch):
 # --- the end --------------------------------------------------------------------------------------
 
 
-def test_a_finished_run_has_saved_its_end_even_if_its_last_loss_was_high(tiny, tmp_path):
-    def too_high(run, loss):
-        run.progress.above_since = run.progress.step
+@pytest.fixture
+def blow_up(monkeypatch):
+    """A function (update): from then on the weights are finite, but of no use."""
+    one_step = train.one_step
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, 'guard_against_divergence', too_high)
-        assert train.main(tiny(max_iters=8, save_interval=4)) == 0
-    assert last(tmp_path / 'run')['progress']['step'] == 8
+    def at(update):
+        def blown_up(run):
+            result = one_step(run)
+            if run.progress.step == update:
+                for flat in run.flats:
+                    flat.masters.mul_(-30)
+            return result
+        monkeypatch.setattr(train, 'one_step', blown_up)
+    return at
+
+
+def test_weights_that_blew_up_are_not_saved_whatever_the_intervals(tiny, tmp_path, blow_up):
+    """Also by the very update before the save, and not as the end of the run."""
+    blow_up(12)
+    told = dict(max_iters=14, log_interval=10, save_interval=6, eval_interval=100)
+    assert train.main(tiny(**told)) == 3
+    assert last(tmp_path / 'run')['step'] == 6
+    log = text_log(tmp_path / 'run').splitlines()
+    assert [line for line in log if line.startswith('WARNING')][0].startswith(
+        'WARNING: step 12 is not saved, its loss is above ')
+    assert log[-1] == 'the end is not saved; the last good checkpoint stays'
+    told = summary(tmp_path / 'run')
+    assert (told['exit_reason'], told['steps']) == ('unsaved', 14)
+
+
+def test_a_run_without_a_usable_end_is_not_finished_the_next_time(tiny, tmp_path, blow_up):
+    blow_up(7)
+    assert train.main(tiny(max_iters=8, save_interval=4)) == 3
+    assert last(tmp_path / 'run')['step'] == 4
+    blow_up(0)  # at no step
+    assert train.main(tiny(max_iters=8, save_interval=4, init_from='auto')) == 0
+    assert last(tmp_path / 'run')['step'] == 8
+
+
+def test_an_odd_last_batch_does_not_keep_the_end_from_being_saved(tiny, tmp_path, monkeypatch):
+    gradients = train.local_gradients
+    monkeypatch.setattr(train, 'local_gradients', lambda run: gradients(run) + (
+        5 if run.progress.step >= 7 else 0))
+    assert train.main(tiny(max_iters=8, log_interval=1, save_interval=4)) == 0
+    assert last(tmp_path / 'run')['step'] == 8
+
+
+def test_pruning_that_costs_more_than_a_nat_is_saved(tiny, tmp_path, monkeypatch):
+    """All at once, right before the end and between two log lines."""
+    apply_masks = prune.Pruner.apply_masks
+
+    def ruin(self):
+        apply_masks(self)
+        for p in self.masks:
+            p.data.mul_(-30)
+
+    monkeypatch.setattr(prune.Pruner, 'apply_masks', ruin)
+    told = dict(prune_score='magnitude', prune_start=12, prune_end=13, prune_interval=1,
+                max_iters=13, log_interval=10, save_interval=100, eval_interval=100)
+    assert train.main(tiny(**told)) == 0
+    assert last(tmp_path / 'run')['step'] == 13
+
+
+def test_after_a_nan_no_masks_are_chosen_and_the_summary_tells_the_checkpoint(
+        tiny, tmp_path, monkeypatch):
+    gradients = train.local_gradients
+    runs = []
+
+    def poisoned(run):
+        runs.append(run)
+        return gradients(run) * (math.nan if run.progress.step == 9 else 1)
+
+    monkeypatch.setattr(train, 'local_gradients', poisoned)
+    told = dict(prune_score='magnitude', prune_start=2, prune_end=18, prune_interval=2,
+                max_iters=20, log_interval=20, save_interval=5, eval_interval=13)
+    assert train.main(tiny(**told)) == 3
+    assert runs[0].pruner.masked_at == 8  # and not 10: the tenth update was the bad one
+    saved = last(tmp_path / 'run')
+    assert saved['step'] == 5
+    told = summary(tmp_path / 'run')
+    scope = {name: saved['weights'][name] for name in told['sparsity_by_layer']}
+    zeros = sum(int((weight == 0).sum()) for weight in scope.values())
+    assert 0 < told['sparsity'] == zeros / sum(weight.numel() for weight in scope.values())
 
 
 def test_a_validation_loss_that_is_not_finite_ends_the_run_unsaved(tiny, tmp_path):
