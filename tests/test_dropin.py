@@ -15,7 +15,7 @@ import torch.distributed.checkpoint as dcp
 import torch.nn as nn
 from conftest import HOME
 from test_adamwprune import MODES
-from test_pruner import assert_same, parameters, ramp, run
+from test_pruner import assert_same, give_gradients, parameters, pruned, ramp, run
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -96,6 +96,24 @@ def test_a_pruner_copied_out_of_its_optimizer_brings_it_along():
     run(twin, twin.param_groups[0]['params'], 25, 8)
     run(optimizer, params, 25, 8)
     assert_same_optimizers(optimizer, twin)
+
+
+def test_adamwprune_regrows_as_a_pruner_beside_adamw():
+    """And a closure sees the masked weights."""
+    told = ramp('magnitude', regrow=True, srste=0.1)
+    params = parameters()
+    twins = parameters()
+    ours = AdamWPrune(params, 5e-2, **told)
+    plain = AdamW(twins, 5e-2)
+    pruner = Pruner(plain, **told)
+    zeros = []
+    for step in range(25):
+        give_gradients(params, step)
+        ours.step(lambda: zeros.append(sum(int((p == 0).sum()) for p in params)))
+        run(plain, twins, step + 1, step, pruner)
+        for p, q in zip(params, twins):
+            assert torch.equal(p, q)
+    assert zeros[-1] == pruned(pruner.masks) == pruner.pruned > 0 and len(set(zeros)) > 3
 
 
 # --- torch.distributed.checkpoint -----------------------------------------------------------------
