@@ -318,6 +318,7 @@ def evaluate_and_keep_best(run):
     with paused(run):
         stop_if_bad(run)
         ranks.check_same_run(run)
+        run.data.check_unchanged()
         p.val_loss = evaluate(run).item()
         if not math.isfinite(p.val_loss):
             raise Stop('nan', 3, f'step {p.step}: the validation loss is {p.val_loss}; nothing of '

@@ -9,6 +9,7 @@ AT_LEAST_1 = '''batch_size gradient_accumulation_steps block_size n_layer n_head
     save_interval'''.split()
 AT_LEAST_0 = '''seed n_kv_head warmup_iters lr_decay_iters eval_tokens learning_rate min_lr
     weight_decay grad_clip spam_interval spam_warmup prune_lr_power'''.split()
+AT_MOST = dict(batch_size=2**20, n_layer=10_000, n_embd=2**20, latent_dim=2**20)
 
 
 def check(s, typed=()):
@@ -27,11 +28,12 @@ def check(s, typed=()):
         require(getattr(s, key) >= 1, key, 'must be at least 1')
     for key in AT_LEAST_0:
         require(getattr(s, key) >= 0, key, 'must not be negative')
+    for key, most in AT_MOST.items():  # beyond any machine, and merely to try it takes for ever
+        require(getattr(s, key) <= most, key, f'must be at most {most}')
     require(s.prune_lr_power <= 10, 'prune_lr_power', 'must be at most 10')
     for key in ('beta1', 'beta2', 'dropout'):
         require(0 <= getattr(s, key) < 1, key, 'must be at least 0 and below 1')
     require(s.out_dir, 'out_dir', 'must not be empty')
-    require(s.seed < 2**63, 'seed', 'must be below 2^63, which PyTorch takes')
     require(s.min_lr <= s.learning_rate, 'min_lr learning_rate', 'must not be above learning_rate')
     decay_iters = s.lr_decay_iters or s.max_iters
     require(s.warmup_iters < decay_iters, 'warmup_iters max_iters lr_decay_iters',

@@ -71,7 +71,7 @@ def write_atomically(path, write, keep=None):
             write(f)
             f.flush()
             os.fsync(f.fileno())
-        if keep and os.path.exists(path):
+        if keep and os.path.isfile(path):
             os.replace(path, os.path.join(os.path.dirname(path), keep))
         os.replace(temporary, path)
     except BaseException as error:

@@ -108,7 +108,7 @@ def out_dir_locked(s, machine):
 
 def is_finished(s, saved):
     """True if out_dir already holds this run with all its updates done, and `saved` is its end."""
-    summary = read_json(os.path.join(s.out_dir, 'summary.json'))
+    summary = read_json(os.path.join(s.out_dir, 'summary.json'), ['exit_reason'])
     finished = bool(summary) and summary['exit_reason'] == 'finished'
     return finished and saved['step'] >= s.max_iters
 

@@ -28,7 +28,7 @@ def save_checkpoint(path, content, keep=None):
 
     keep: name beside `path` under which the checkpoint that it replaces stays.
     """
-    stays = '; the previous checkpoint stays' if os.path.exists(path) else ''
+    stays = '; the previous checkpoint stays' if os.path.isfile(path) else ''
     try:
         write_atomically(path, lambda f: torch.save(content, f), keep)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
@@ -256,8 +256,11 @@ def record_of(line):
 
 
 def read_metrics(path):
-    """The records of a metrics.jsonl, without damaged lines."""
-    return [record for _, record in metrics_lines(path) if record is not None]
+    """The records of a metrics.jsonl; how many damaged lines it has besides is said."""
+    records = [record for _, record in metrics_lines(path)]
+    if damaged := records.count(None):
+        print(f'note: {path}: {damaged} damaged lines left out', file=sys.stderr)
+    return [record for record in records if record is not None]
 
 
 def provenance():

@@ -111,8 +111,10 @@ IMPOSSIBLE = {
         'warmup_iters=0 max_iters=0 lr_decay_iters=0: the warm-up must end before the decay '
         'does (0)']),
     'negative': (dict(seed=-1), ['seed=-1: must not be negative']),
-    'seed': (dict(seed=2**63), [
-        'seed=9223372036854775808: must be below 2^63, which PyTorch takes']),
+    'seed': (dict(seed=2**63), ['command line: seed is a number of 64 bits; at most 63']),
+    'sizes': (dict(batch_size=2**61 - 1, n_layer=10**6, n_embd=10**12), [
+        'batch_size=2305843009213693951: must be at most 1048576',
+        'n_layer=1000000: must be at most 10000', 'n_embd=1000000000000: must be at most 1048576']),
     'dropout': (dict(dropout=1.0), ['dropout=1.0: must be at least 0 and below 1']),
     'betas': (dict(beta1=1.0, beta2=-0.1), [
         'beta1=1.0: must be at least 0 and below 1',

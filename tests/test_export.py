@@ -269,6 +269,7 @@ DAMAGES = {
     'inverse layer': (change_config(scale_attn_by_inverse_layer_idx=True),
                       CONFIG + 'scale_attn_by_inverse_layer_idx=True must be False'),
     'epsilon': (change_config(layer_norm_epsilon=1e-6), CONFIG + 'layer_norm_epsilon=1e-06 must'),
+    'layers': (change_config(n_layer=10**9), '{folder}/model.safetensors has '),
     'no layers': (change_config(n_layer='gone'), CONFIG + 'n_layer=None must be a positive'),
     'no weights': (lambda folder: os.remove(folder / 'model.safetensors'), DAMAGED),
     'truncated': (rewrite('model.safetensors', lambda raw: raw[:-100]), DAMAGED),

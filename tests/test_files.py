@@ -182,8 +182,17 @@ def test_json_has_null_where_python_has_nan(tmp_path):
 def test_json_that_is_absent_or_damaged(tmp_path):
     path = str(tmp_path / 'x.json')
     assert read_json(path) is None
-    for damage in (b'{"a": 1', b'\xff\xfe'):
+    for damage in (b'{"a": 1', b'\xff\xfe', b'[' * 100_000, b'1' * 5000, b'{"a": 1}', b'["b"]',
+                   b'7'):
         (tmp_path / 'x.json').write_bytes(damage)
-        [problem] = refusal(read_json, path)
+        [problem] = refusal(read_json, path, ['b'])
         assert problem.startswith(f'{path} is damaged (')
         assert problem.endswith('); restore or remove it')
+
+
+def test_json_that_is_a_fifo_or_a_folder_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / 'fifo.json')
+    (tmp_path / 'folder.json').mkdir()
+    for name, reason in (('fifo.json', 'Invalid argument'), ('folder.json', 'Is a directory')):
+        assert refusal(read_json, str(tmp_path / name)) == [
+            f'{tmp_path / name} cannot be read ({reason}); correct that']

@@ -216,7 +216,7 @@ def save(folder, name, model, config=None):
     name_of_pruned = 'blocks.0.attention.proj.weight'
     mask = {name_of_pruned: weights[name_of_pruned].abs() > 0.1}
     config = config or dataclasses.asdict(model.config)
-    content = dict(format=FORMAT, model=config, settings={}, step=3,
+    content = dict(format=FORMAT, model=config, settings={}, step=3, fingerprint='f00d',
                    data=dict(name='tiny', tokenizer='bytes', vocab_size=131),
                    weights=pack_weights(weights, mask, torch.float32))
     save_checkpoint(str(folder / f'{name}.pt'), content)
@@ -255,3 +255,11 @@ def test_what_cannot_be_loaded_is_refused(tmp_path):
     save(run, 'best', lively(), dataclasses.asdict(lively(bias=True).config))
     with pytest.raises(Refused, match='does not fit this model.py: .*Missing key'):
         load_model(str(run), 'best')
+    told = dataclasses.asdict(lively().config)
+    for change, message in ((dict(n_layer=10**6), 'n_layer=1000000, and 15 tensors'),
+                            (dict(vocab_size=10**15), 'size mismatch'),
+                            (dict(n_embd=10**14, n_head=1), 'Storage size calculation overflowed'),
+                            (dict(n_head=0), 'by zero'), (dict(n_layer='2'), 'not supported')):
+        save(run, 'best', lively(), {**told, **change})
+        with pytest.raises(Refused, match=f'does not fit this model.py: .*{message}'):
+            load_model(str(run), 'best')

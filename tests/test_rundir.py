@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import types
+import zipfile
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from support.rundir import (
     pack_weights,
     provenance,
     read_metrics,
+    record_of,
     save_checkpoint,
     size,
     unpack,
@@ -77,6 +79,61 @@ def test_files_that_are_no_checkpoint_are_refused(tmp_path):
         damaged(path, other)
     torch.save([1, 2], path)
     damaged(path, path.read_bytes())
+
+
+def test_checkpoint_that_unpacks_to_more_than_its_file_is_refused(tmp_path):
+    path = tmp_path / 'last.pt'
+    save_checkpoint(str(path), content(zeros=torch.zeros(300_000)))
+    with zipfile.ZipFile(path) as stored:
+        members = {name: stored.read(name) for name in stored.namelist()}
+    with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as deflated:
+        for name, data in members.items():
+            deflated.writestr(name, data)
+    assert damaged(path, path.read_bytes()) == 'ValueError: it unpacks to more than the file'
+
+
+def test_tensor_that_repeats_a_few_numbers_is_refused(tmp_path):
+    path = tmp_path / 'last.pt'
+    save_checkpoint(str(path), content(deep=[{'a': (torch.zeros(1).expand(2**28),)}]))
+    assert damaged(path, path.read_bytes()) == ('ValueError: a tensor of 1.00 GiB that is not in '
+                                                'it')
+    bits = torch.zeros(1, dtype=torch.uint8)
+    with pytest.raises(ValueError, match='8 bits for a tensor'):
+        unpack({'bits': bits, 'values': torch.zeros(0), 'shape': [2**20, 2**20]})
+
+
+@pytest.mark.parametrize('key', ['model', 'settings', 'data', 'weights', 'fingerprint', 'step'])
+def test_checkpoint_without_what_is_needed_is_refused(tmp_path, key):
+    path = tmp_path / 'last.pt'
+    save_checkpoint(str(path), content(**{key: None}))
+    assert damaged(path, path.read_bytes()) == f'ValueError: no {key!r} in it'
+
+
+def test_fifo_or_folder_as_a_checkpoint_is_refused(tmp_path):
+    os.mkfifo(tmp_path / 'last.pt')
+    (tmp_path / 'best.pt').mkdir()
+    for name in ('last.pt', 'best.pt'):
+        [problem] = refusal(load_checkpoint, str(tmp_path / name))
+        assert problem.startswith(f'checkpoint {tmp_path / name} is damaged or not one of ours (')
+
+
+def test_checkpoint_before_the_newest_stays(tmp_path):
+    path = str(tmp_path / 'last.pt')
+    for step in (1, 2, 3):
+        save_checkpoint(path, content(step=step), keep='previous.pt')
+    assert load_checkpoint(path)['step'] == 3
+    assert load_checkpoint(str(tmp_path / 'previous.pt'))['step'] == 2
+    assert sorted(os.listdir(tmp_path)) == ['last.pt', 'previous.pt']
+
+
+def test_checkpoint_in_a_folder_that_is_gone_or_full_of_others(tmp_path):
+    (tmp_path / 'last.pt').mkdir()
+    for path, reason in ((tmp_path / 'gone' / 'last.pt', 'No such file or directory'),
+                         (tmp_path / 'last.pt', 'Is a directory')):
+        [problem] = refusal(save_checkpoint, str(path), content(), 'previous.pt')
+        assert problem.startswith(f'{path} could not be written (') and reason in problem
+        assert 'stays' not in problem
+    assert os.listdir(tmp_path) == ['last.pt']
 
 
 def test_missing_checkpoint_and_one_of_another_format(tmp_path):
@@ -239,6 +296,117 @@ def test_resumed_metrics_drop_what_will_be_measured_again(tmp_path):
     (tmp_path / 'metrics.jsonl').write_text(''.join(lines) + '{"step": 7, "lo')
     RunLog(str(tmp_path), keep_until=4).close()
     assert records(tmp_path) == measured[:3]
+
+
+def test_damaged_metrics_stay_where_they_are_and_are_counted(tmp_path, capsys):
+    log = RunLog(str(tmp_path))
+    for step in range(1, 6):
+        log.measure(dict(step=step, loss=1 / step))
+    log.close()
+    path = tmp_path / 'metrics.jsonl'
+    lines = path.read_bytes().splitlines(keepends=True)
+    lines[1] = lines[1].replace(b'0.5', b'0.7')  # still JSON
+    lines[3:3] = [b'{"step": 4, "lo\xff\n', b'[' * 100_000 + b'\n']
+    path.write_bytes(b''.join(lines) + b'{"step": 6, "los')
+    assert [record['step'] for record in records(tmp_path)] == [1, 3, 4, 5]
+    assert capsys.readouterr().err == f'note: {path}: 4 damaged lines left out\n'
+    log = RunLog(str(tmp_path), keep_until=4)
+    log.measure(dict(step=5, loss=0.0))
+    log.close()
+    text = (tmp_path / 'train.log').read_text()
+    assert text == f'WARNING: {path}: 4 damaged lines, which stay as they are\n'
+    kept = path.read_bytes().splitlines(keepends=True)
+    assert kept[:6] == lines[:6] and kept[6] == b'{"step": 6, "los\n' and len(kept) == 8
+    assert [record['step'] for record in records(tmp_path)] == [1, 3, 4, 5]
+
+
+def test_no_flipped_bit_of_a_line_becomes_another_number(tmp_path):
+    log = RunLog(str(tmp_path))
+    measured = dict(step=123, loss=2.718281828, mfu=None)
+    log.measure(measured)
+    log.close()
+    line = (tmp_path / 'metrics.jsonl').read_bytes()
+    assert record_of(line) == measured
+    for bit in range(8 * (len(line) - 1)):
+        flipped = bytearray(line)
+        flipped[bit // 8] ^= 1 << bit % 8
+        record = record_of(bytes(flipped))
+        assert record is None or measured.items() <= record.items(), flipped
+    assert record_of(json.dumps(measured).encode()) == measured  # of an earlier version
+
+
+def test_metrics_are_on_the_disk_after_sync(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(os, 'fsync', lambda fd: synced.append(os.readlink(f'/proc/self/fd/{fd}')))
+    log = RunLog(str(tmp_path))
+    log.measure(dict(step=1))
+    synced.clear()
+    log.sync()
+    assert synced == [f'{tmp_path}/metrics.jsonl']
+    log.close()
+    RunLog(str(tmp_path / 'other'), write=False).sync()
+
+
+def test_log_and_metrics_follow_no_link_and_wait_for_no_fifo(tmp_path):
+    outside = tmp_path / 'outside'
+    outside.write_text('mine')
+    for mode in (None, 4):
+        run = tmp_path / f'run {mode}'
+        run.mkdir()
+        (run / 'train.log').symlink_to(outside)
+        (run / 'metrics.jsonl').symlink_to(outside)
+        log = RunLog(str(run), keep_until=mode)
+        log.say('a line')
+        log.close()
+        assert (run / 'train.log').read_text().endswith('a line\n')
+    assert outside.read_text() == 'mine'
+    (run / 'train.log').unlink()
+    os.mkfifo(run / 'train.log')
+    RunLog(str(run)).close()
+    assert (run / 'train.log').read_text() == ''
+    (run / 'train.log').unlink()
+    (run / 'train.log').mkdir()
+    with pytest.raises(IsADirectoryError, match='train.log'):
+        RunLog(str(run))
+
+
+def test_log_on_a_full_disk_goes_on(tmp_path, capsys):
+    log = RunLog(str(tmp_path))
+    log.metrics.close()
+    log.text.close()
+    log.metrics = open('/dev/full', 'w')
+    log.text = open('/dev/full', 'w')
+    log.measure(dict(step=1))
+    log.say('a line')
+    log.close()
+    assert capsys.readouterr().out.count('WARNING: /dev/full: No space left on device\n') == 2
+
+
+LOG_WITHOUT_READER = '''
+import sys
+sys.path.insert(0, sys.argv[1])
+from support.rundir import RunLog
+from support.settings import run_command
+
+def main(argv):
+    log = RunLog(sys.argv[2])
+    for n in range(3):
+        log.say(f'line {n}')
+    log.close()
+    return 0
+
+run_command(main)
+'''
+
+
+def test_log_goes_on_after_its_reader_has_gone(tmp_path):
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, '-c', LOG_WITHOUT_READER, str(HOME), str(tmp_path)]
+    with open(write, 'wb') as pipe:
+        done = subprocess.run(command, stdout=pipe, stderr=subprocess.PIPE, timeout=60)
+    assert (done.returncode, done.stderr) == (0, b'')
+    assert (tmp_path / 'train.log').read_text() == 'line 0\nline 1\nline 2\n'
 
 
 def test_only_the_first_rank_writes(tmp_path, capsys):
