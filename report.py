@@ -188,7 +188,6 @@ def unfair(runs, varied=()):
 FONT = 8  # points
 HEIGHTS = {'perplexity': 5, 'validation loss': 5, 'minus the first': 2.5, 'sparsity': 1,
            'learning rate': 1}
-LABELLED = {'perplexity': '.2f', 'validation loss': '.3f', 'minus the first': '.3f'}
 
 
 def series(run, key):
@@ -208,10 +207,10 @@ def difference(run, first):
 
 def methods(arms):
     """{method: array (3, N) of the share of prunable weights that is gone, perplexity, its standard
-    error} of arms that are pruned to several sparsities, else {}. A method of several arms begins
-    at the baseline. A dense model with fewer weights stands where a pruned one has as many."""
+    error}; {} unless arms are pruned to several sparsities. A method of several arms begins at the
+    baseline. A dense model with fewer weights stands where a pruned one has as many."""
     told = {name: [numbers(run) for run in runs] for name, runs in arms.items()}
-    pruned = [each for each in sum(told.values(), []) if each['sparsity'] > 0]
+    pruned = [each for each in sum(told.values(), []) if each['sparsity_all'] > 0]
     if len({round(each['sparsity'], 2) for each in pruned}) < 2:
         return {}
     prunable = max(each['sparsity_all'] / each['sparsity'] for each in pruned)  # share of all
@@ -221,8 +220,9 @@ def methods(arms):
         gone = (1 - estimate(of_arm, 'nonzero')[0] / whole) / prunable
         loss, error = estimate(of_arm, 'val_loss')
         method = name.removesuffix(f'_{100 * estimate(of_arm, "sparsity")[0]:.0f}')
-        points.setdefault(method, []).append((gone, np.exp(loss), np.exp(loss) * error))
-    baseline = next(iter(points.values()))[:1]
+        if math.isfinite(gone + loss):  # a run that goes on does not say how many weights it has
+            points.setdefault(method, []).append((gone, np.exp(loss), np.exp(loss) * error))
+    baseline = next(iter(points.values()), [])[:1]
     return {method: np.array(sorted(baseline + of_method) if of_method[1:] else of_method).T
             for method, of_method in points.items()}
 
@@ -272,8 +272,8 @@ def picture(arms, curves=''):
         for i, run in enumerate(runs):
             axes['validation loss'].plot(*series(run, 'loss'), color=f'C{i}', linewidth=0.2)
     figure.draw_without_rendering()  # fixes the heights of the panels
-    for label in LABELLED.keys() & panels.keys():
-        label_ends(axes[label], panels[label], LABELLED[label])
+    for label in {'perplexity', 'validation loss', 'minus the first'} & panels.keys():
+        label_ends(axes[label], panels[label])
     return figure
 
 
@@ -299,7 +299,7 @@ def draw_panels(figure, panels):
     return axes
 
 
-def label_ends(axis, names, form='.3f'):
+def label_ends(axis, names):
     """Scale the axis to what matters, all after a tenth of the longest run and every last value.
     Right of it write names and last values of the first lines, none over another."""
     lines = [line for line in axis.lines if line.get_xydata().size]
@@ -318,7 +318,7 @@ def label_ends(axis, names, form='.3f'):
     for y, x, name, color in sorted(ends):
         height = max(y, height + gap)
         leader = dict(arrowstyle='-', color=color, linewidth=0.6, linestyle=':', relpos=(0, 0.5))
-        axis.annotate(f'{name}  {y:{form}}', (x, y), (1.03, height), color=color, va='center',
+        axis.annotate(f'{name}  {y:.3f}', (x, y), (1.03, height), color=color, va='center',
                       textcoords=axis.get_yaxis_transform(), arrowprops=leader,
                       annotation_clip=False, parse_math=False)  # a name may hold a '$'
 

@@ -410,6 +410,14 @@ def test_perplexity_over_sparsity_is_a_line_a_method_and_a_point_a_smaller_dense
     assert problem == "curves='dense_1,dense_9': none of these runs is dense_9"
 
 
+def test_runs_that_go_on_are_left_out_of_perplexity_over_sparsity(run):
+    folders = [run('dense'), run('best_50', sparsity=0.5), run('best_90', sparsity=0.9)]
+    going = run('best_75', sparsity=0.75, steps=155, ended=False)
+    assert axis_of(drawn(*folders, going), 'perplexity').lines[1].get_xydata().shape == (3, 2)
+    shown = drawn(going, *folders).axes  # the baseline itself goes on
+    assert 'perplexity' not in [axis.get_ylabel() for axis in shown]
+
+
 def test_one_sparsity_makes_no_panel_of_perplexity(run):
     figure = drawn(run('dense'), run('a', sparsity=0.5), run('b', sparsity=0.5))
     assert 'perplexity' not in [axis.get_ylabel() for axis in figure.axes]
