@@ -47,8 +47,8 @@ def within_memory(run, work):
         except (RuntimeError, MemoryError) as error:
             if 'found no compiled frames' in str(error):  # PyTorch with TORCH_COMPILE_DISABLE=1
                 raise Refused(NOTHING_COMPILED) from None
-            told = str(error) or type(error).__name__
-            if not re.search(MEMORY, told, re.IGNORECASE):  # inside the compiler it comes wrapped
+            told = str(error) or 'MemoryError'  # inside the compiler it comes wrapped
+            if isinstance(error, RuntimeError) and not re.search(MEMORY, told, re.IGNORECASE):
                 raise
             sentences = told.splitlines()[0].split('. ')  # the rest is about the allocator
             failure = '. '.join(sentences[:2]).rstrip('.')

@@ -1,5 +1,6 @@
 """support/memory.py: out of memory, the same step goes on in smaller micro-batches."""
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -7,7 +8,8 @@ from conftest import last, losses
 
 import train
 from model import GPT
-from support.memory import ladder
+from support.machine import Machine
+from support.memory import ladder, within_memory
 
 
 def summary(folder):
@@ -127,6 +129,38 @@ def test_ladder_ends(tiny, tmp_path, memory_for):
         'last rung; use a smaller model or block_size\n')
     result = summary(tmp_path / 'run')
     assert (result['exit_reason'], result['rung']) == ('out of memory', 2)
+
+
+@pytest.mark.parametrize('error', [
+    MemoryError(), MemoryError('Unable to allocate 3.81 GiB for an array'),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate "
+                 'memory: you tried to allocate 4000000000000 bytes. Error code 12')])
+def test_memory_of_a_cpu_runs_out_in_other_words(tiny, tmp_path, monkeypatch, error):
+    forward = GPT.forward
+
+    def limited(self, idx, targets=None):
+        if self.training and idx.size(0) > 1:
+            raise error
+        return forward(self, idx, targets)
+
+    monkeypatch.setattr(GPT, 'forward', limited)
+    assert train.main(tiny(max_iters=4)) == 0
+    assert summary(tmp_path / 'run')['rung'] == 1
+    assert 'OUT OF MEMORY at step 1 (' in text_log(tmp_path / 'run')
+
+
+def test_the_allocator_of_the_cpu_is_understood():
+    """What PyTorch really says, of more bytes than any machine has."""
+    def greedy(run):
+        if run.progress.rung == 0:
+            torch.empty(2**60, dtype=torch.uint8)
+        return run.active.batch_size
+
+    run = SimpleNamespace(settings=train.Settings(batch_size=2, compile=False), start_step=0,
+                          machine=Machine(torch.device('cpu'), torch.float32, 0, 1, 'CPU', None),
+                          progress=train.Progress(), log=SimpleNamespace(say=print),
+                          model=SimpleNamespace(uncompile_parts=lambda: None))
+    assert within_memory(run, greedy) == 1
 
 
 def test_other_errors_are_not_taken_for_lack_of_memory(tiny, tmp_path, monkeypatch):

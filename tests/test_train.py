@@ -370,7 +370,10 @@ def test_damage_during_training_names_the_file(tiny, tiny_data, tmp_path, monkey
             tokens.flush()
 
     monkeypatch.setattr(train, 'save', save_and_damage_the_data)
-    [problem] = refusal(train.main, tiny(data_dir=folder))
+    told = tiny(data_dir=folder, out_dir=tmp_path / 'evaluated')
+    assert 'overwritten since it was opened' in refusal(train.main, told)[0]
+    shutil.copytree(tiny_data, folder, dirs_exist_ok=True)
+    [problem] = refusal(train.main, tiny(data_dir=folder, eval_interval=8))
     assert re.fullmatch(
         re.escape(f'{folder}/train_') + r'00000\d\.bin: token 999 at position \d+ is outside the '
         'vocabulary of 257; the file is damaged or was made with another tokenizer', problem)
