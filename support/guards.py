@@ -101,7 +101,7 @@ def guard_against_divergence(run, loss):
                                   f'warmup_iters={s.warmup_iters} too short, grad_clip='
                                   f'{s.grad_clip:g} (0: none). The last good checkpoint stays')
     if p.step - p.above_since == s.log_interval:  # one line alone may be an odd batch's
-        run.log.say(f'WARNING: {above}; nothing is saved until it is back')
+        run.log.say(f'WARNING: {above}')
 
 
 NOTHING_COMPILED = ('compile=True, but nothing was compiled; unset TORCHDYNAMO_DISABLE and '
