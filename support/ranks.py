@@ -127,4 +127,5 @@ def check_same_run(run):
     if differ:
         raise Stop('ranks differ', 1, f'step {run.progress.step}: the ranks hold different runs '
                                       f'(not the same: {", ".join(differ)}); nothing was saved. '
-                                      'All must read the same settings, data and out_dir')
+                                      'See that all read the same settings, data and out_dir; if '
+                                      'they do, a machine is faulty')

@@ -1,14 +1,20 @@
 """However the batch is divided, over micro-batches or over processes, the training is the same."""
 import json
+import multiprocessing
 import os
+import signal
+import socket
 import subprocess
 import sys
+from datetime import timedelta
 
 import pytest
 import torch
-from conftest import HOME, TINY, last, losses
+from conftest import HOME, TINY, last, losses, refusal
 
 import train
+from support import ranks
+from support.settings import run_command
 
 # Adam's first updates are nearly the sign of the gradient, so where a gradient is almost zero a
 # rounding error decides the direction of a whole step. Hence the tight bound on the losses, which
@@ -38,7 +44,7 @@ def test_micro_batches_add_up_to_the_same_update(tiny, tmp_path, batch_size, mic
 
 
 # Run by torchrun, each process writes its weights: a run as any other, one with too little memory
-# in one of the two, and a pruned one that is told to stop.
+# in one of the two, some in which the two differ, and a pruned one that is told to stop.
 DRIVER = '''
 import os, signal, sys, time
 sys.path.insert(0, sys.argv[1])
@@ -73,23 +79,50 @@ def save_slowly(path, content, keep=None):
     with open(f'{folder}/saved', 'a') as f:
         f.write(f'{rank} {os.path.basename(path)} {content["step"]}\\n')
 
+forwards = 0
+
 def limited(self, idx, targets=None):
-    if rank == 1 and self.training and idx.size(0) > 1:
+    global forwards
+    forwards += self.training
+    if rank == 1 and forwards > 4 and self.training and idx.size(0) > 1:  # in the third step
         raise torch.OutOfMemoryError('out of memory')
     return forward(self, idx, targets)
+
+def altered(run):
+    # one bit of one weight, or a mask, of one of the two
+    if rank == 1 and run.progress.step == 5:
+        if run.pruner:
+            next(iter(run.pruner.masks.values()))[1, 1] ^= True
+        else:
+            run.flats[0].masters.view(torch.int32)[7] ^= 1
+    return gradients(run)
 
 train.finish = keep_weights
 assert train.main(argv + [f'--out_dir={folder}/two_{rank}']) == 0
 train.GPT.forward = limited
 assert train.main(argv + [f'--out_dir={folder}/short_{rank}', '--max_iters=3']) == 0
 train.GPT.forward = forward
+PRUNED = ['--optimizer=adamwprune', '--prune_score=bitter7', '--prune_start=2', '--prune_end=18',
+          '--prune_interval=2']
+again = argv + [f'--out_dir={folder}/two_{rank}', '--init_from=auto', '--max_iters=30',
+                '--lr_decay_iters=20']  # only the first finds a checkpoint
+assert train.main(again) == 1
+assert train.main(argv + [f'--out_dir={folder}/settings_{rank}', f'--seed={rank}',
+                          f'--eval_interval={10 + rank}']) == 1
+train.local_gradients = altered
+told = ['--save_interval=4', '--eval_interval=100']
+assert train.main(argv + told + [f'--out_dir={folder}/weights_{rank}']) == 1
+assert train.main(argv + told + PRUNED + [f'--out_dir={folder}/masks_{rank}',
+                                          '--prune_interval=10']) == 1
 train.local_gradients = signal_self
 train.save_checkpoint = save_slowly
 sys.exit(train.main(argv + [
     f'--out_dir={folder}/stopped_{rank}', '--log_interval=100', '--eval_interval=100',
-    '--save_interval=7', '--optimizer=adamwprune', '--prune_score=bitter7', '--prune_start=2',
-    '--prune_end=18', '--prune_interval=2']))
+    '--save_interval=7'] + PRUNED))
 '''
+
+
+TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
 
 
 @pytest.fixture(scope='module')
@@ -100,9 +133,7 @@ def two(tiny_data, tmp_path_factory):
     told = {**TINY, 'data_dir': tiny_data, **TOLD, 'max_iters': 20, 'batch_size': 2,
             'gradient_accumulation_steps': 4}
     argv = [f'--{key}={value}' for key, value in told.items()]
-    torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone',
-                '--nproc_per_node=2']
-    done = subprocess.run([*torchrun, folder / 'driver.py', HOME, folder, *argv], timeout=180,
+    done = subprocess.run([*TORCHRUN, folder / 'driver.py', HOME, folder, *argv], timeout=180,
                           capture_output=True, text=True,
                           env={**os.environ, 'OMP_NUM_THREADS': '1'})
     assert (folder / 'stopped_1.pt').exists(), done.stderr
@@ -131,7 +162,7 @@ def test_two_processes_train_as_one(two, tmp_path):
 def test_only_the_first_process_writes(two):
     folder, _, _ = two
     assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == [
-        'short_0', 'stopped_0', 'two_0']
+        'masks_0', 'settings_0', 'short_0', 'stopped_0', 'two_0', 'weights_0']
 
 
 def test_both_take_smaller_micro_batches_if_one_lacks_memory(two):
@@ -144,6 +175,29 @@ def test_both_take_smaller_micro_batches_if_one_lacks_memory(two):
     enough, short = losses(folder / 'two_0'), losses(folder / 'short_0')
     assert list(short) == [1, 2, 3] and abs(short[1] - enough[1]) < 2e-6
     assert max(abs(short[step] - enough[step]) for step in short) < 1e-4
+
+
+def test_processes_that_hold_different_runs_do_not_begin(two):
+    folder, done, _ = two
+    told = [line for line in done.stdout.splitlines() if 'different runs' in line]
+    assert told[:2] == [
+        f'step {step}: the ranks hold different runs (not the same: {what}); nothing was saved. '
+        'See that all read the same settings, data and out_dir; if they do, a machine is faulty'
+        for step, what in ((20, 'step, weights'), (0, 'weights, seed, eval_interval'))]
+    summary = json.loads((folder / 'two_0' / 'summary.json').read_text())
+    assert summary['exit_reason'] == 'finished' and last(folder / 'two_0')['step'] == 20
+    assert not list((folder / 'settings_0').glob('*.*'))  # but for the lock
+
+
+@pytest.mark.parametrize('what', ['weights', 'masks'])
+def test_nothing_is_saved_that_the_processes_do_not_share(two, what):
+    folder, _, _ = two
+    summary = json.loads((folder / f'{what}_0' / 'summary.json').read_text())
+    assert (summary['exit_reason'], summary['steps']) == ('ranks differ', 8)
+    log = (folder / f'{what}_0' / 'train.log').read_text().splitlines()
+    assert log[-1].startswith('step 8: the ranks hold different runs (not the same: '
+                              f'{what})')
+    assert last(folder / f'{what}_0')['step'] == 4
 
 
 def test_two_processes_stop_as_one(two):
@@ -163,3 +217,111 @@ def test_two_processes_stop_as_one(two):
     assert 0.3 < pruned / scope < 0.5
     summary = json.loads((folder / 'stopped_0' / 'summary.json').read_text())
     assert summary['exit_reason'] == 'sigterm'
+
+
+# --- processes that are missing, refused or started again -----------------------------------------
+
+def lonely_rank(rank, port, stopped, told_in, argv):
+    """A process of two without torchrun, which would kill a stopped one only after 30 seconds."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='localhost', MASTER_PORT=port)
+    file = os.open(told_in, os.O_WRONLY | os.O_CREAT)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    sys.stdout = open(1, 'w')
+    sys.stderr = open(2, 'w')
+    ranks.PATIENCE = timedelta(seconds=1)
+    ranks.ROLL_CALL = 0.5
+    gradients = train.local_gradients
+
+    def stop_self(run):
+        if rank == stopped and run.progress.step == 5:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return gradients(run)
+
+    train.local_gradients = stop_self
+    sys.argv[1:] = argv
+    run_command(train.main)
+
+
+@pytest.mark.parametrize('lost', [0, 1])
+def test_a_process_that_stopped_is_missed_and_named(tiny, tmp_path, lost):
+    """Also the first, with which the store stops that the others are called in."""
+    with socket.socket() as free:
+        free.bind(('localhost', 0))
+        port = str(free.getsockname()[1])
+    fork = multiprocessing.get_context('fork')
+    both = [fork.Process(target=lonely_rank, args=(
+        rank, port, lost, tmp_path / f'told_{rank}', tiny(save_interval=2))) for rank in (0, 1)]
+    for each in both:
+        each.start()
+    both[1 - lost].join(60)
+    both[lost].kill()
+    both[lost].join()
+    told = (tmp_path / f'told_{1 - lost}').read_text()
+    assert both[1 - lost].exitcode == 1, told
+    [line] = [line for line in told.splitlines() if 'no answer' in line]
+    assert line.startswith(('' if lost else 'rank 1: ') + 'step 5: no answer from rank '
+                           f'{lost} (Timed out waiting 1000ms for ')
+    assert line.endswith('); see its machine and what it said, and continue with '
+                         '--init_from=resume')
+    assert 'Traceback' not in told
+    assert last(tmp_path / 'run')['step'] == 4
+    if lost:
+        summary = json.loads((tmp_path / 'run' / 'summary.json').read_text())
+        assert summary['exit_reason'] == 'rank lost'
+
+
+def test_a_refusal_on_another_rank_is_told(monkeypatch, capsys):
+    monkeypatch.setenv('RANK', '1')
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    monkeypatch.setattr(sys, 'argv', ['train.py', '--dataset=nope', '--device=cpu'])
+    with pytest.raises(SystemExit) as ended:
+        run_command(train.main)
+    told = capsys.readouterr().err
+    assert ended.value.code == 2 and 'rank 1' in told and "dataset='nope'" in told
+    assert 'WORLD_SIZE=2 is in the environment without MASTER_ADDR, MASTER_PORT' in told
+
+
+KILLED = '''
+import os, signal, sys
+sys.path.insert(0, sys.argv.pop(1))
+import torch
+import train
+from support.settings import run_command
+torch.set_num_threads(1)
+gradients = train.local_gradients
+
+def kill_self(run):
+    first = os.environ['TORCHELASTIC_RESTART_COUNT'] == '0'
+    if first and os.environ['RANK'] == '1' and run.progress.step == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return gradients(run)
+
+train.local_gradients = kill_self
+run_command(train.main)
+'''
+
+
+def test_torchrun_starts_a_killed_run_again(tiny, tmp_path):
+    (tmp_path / 'driver.py').write_text(KILLED)
+    done = subprocess.run(
+        [*TORCHRUN, '--max-restarts=1', tmp_path / 'driver.py', HOME,
+         *tiny(init_from='auto')],
+        timeout=180, capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    assert done.returncode == 0, done.stderr
+    assert last(tmp_path / 'run')['step'] == 8
+    log = (tmp_path / 'run' / 'train.log').read_text()
+    assert 'continued from step 4' in log
+
+
+def test_what_would_end_as_before_is_not_started_again(tiny, tmp_path, monkeypatch):
+    told = dict(init_from='auto', learning_rate=1e20, min_lr=0.0, warmup_iters=0)
+    assert train.main(tiny(**told)) == 3
+    monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', '0')
+    assert train.main(tiny(**told)) == 3  # by hand it may be tried again
+    monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', '1')
+    assert refusal(train.main, tiny(**told)) == [
+        f"out_dir='{tmp_path}/run': the run ended as 'nan', which another start does not change; "
+        'its train.log says what does']
+    os.utime(tmp_path / 'run' / 'summary.json', (0, 0))  # of a session before the one that crashed
+    assert train.main(tiny(**told)) == 3
