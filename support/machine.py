@@ -93,7 +93,10 @@ def peak_memory(device):
     if device.type == 'cuda':
         return dict(allocated=torch.cuda.max_memory_allocated(device),
                     reserved=torch.cuda.max_memory_reserved(device))
-    import resource  # Windows has none
+    try:
+        import resource
+    except ImportError:  # Windows has none
+        return dict(allocated=0, reserved=0)
     kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     resident = kibibytes * (1 if sys.platform == 'darwin' else 1024)  # macOS counts bytes
     return dict(allocated=resident, reserved=resident)

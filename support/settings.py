@@ -103,8 +103,7 @@ def run_command(main):
 def regular(path):
     """`path`, unless it is no regular file, such as a FIFO that would be waited for: OSError."""
     if os.path.exists(path) and not os.path.isfile(path):
-        code = errno.EISDIR if os.path.isdir(path) else errno.EINVAL
-        raise OSError(code, os.strerror(code), path)
+        raise OSError(errno.EINVAL, 'not a regular file', path)
     return path
 
 

@@ -1,4 +1,6 @@
 """support/machine.py: which device, what is known of it."""
+import sys
+
 import pytest
 import torch
 
@@ -129,3 +131,8 @@ def test_peak_memory_of_a_cpu_is_that_of_the_process():
     after = peak_memory(torch.device('cpu'))
     assert after['allocated'] == after['reserved'] >= before['allocated'] > 2**20
     assert after['allocated'] >= block.nbytes
+
+
+def test_peak_memory_is_unknown_where_python_cannot_say(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'resource', None)  # as on Windows
+    assert peak_memory(torch.device('cpu')) == dict(allocated=0, reserved=0)
