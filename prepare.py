@@ -36,7 +36,7 @@ class PrepareSettings:
     input: str = ''  # of text: files or folders of .txt, .jsonl, .parquet, comma-separated
     val_input: str = ''  # the same, for validation; empty: val_fraction of the documents of input
     source: Path = 'HuggingFaceFW/fineweb-edu'  # of fineweb_edu: hub name, or a local copy's folder
-    subset: str = ''  # of source, by the hub's name; empty: sample-10BT of FineWeb-Edu, else all
+    subset: str = ''  # of source, by the hub's name; empty: sample-10BT, or the default one
     max_tokens: int = 0  # stop after the document that reaches it, both splits together; 0: all
     tokenizer: Literal[*shards.VOCABULARY] = 'gpt2'  # GPT-2's 50257 or 257 for bytes of UTF-8
     val_fraction: float = 0.005  # of the documents, chosen by hash of the text, for validation;
@@ -48,29 +48,22 @@ class PrepareSettings:
 
 def check(source, settings, typed):
     """Problems of the settings, for the source of that name; typed: names on the command line."""
-    problems = []
-    if settings.max_tokens < 0:
-        problems.append(f'max_tokens={settings.max_tokens}: must be at least 0')
-    if not 0 < settings.shard_tokens < 2**31:
-        problems.append(f'shard_tokens={settings.shard_tokens}: must be at least 1 and below 2^31, '
-                        'because the header counts in int32')
-    if not 0 < settings.val_fraction < 1:
-        problems.append(f'val_fraction={settings.val_fraction}: must be above 0 and below 1')
-    if not re.fullmatch(r'(\w[\w.-]*)?', settings.name):
-        problems.append(f'name={settings.name!r}: use letters, digits, _ . - only, because it '
-                        'names a folder')
     users = dict(input='text', val_input='text', source='fineweb_edu', subset='fineweb_edu')
-    for key, user in users.items():
-        if key in typed and source != user:
-            problems.append(f'{key}={getattr(settings, key)!r}: {source} does not use it; leave it '
-                            'out')
-    local = os.path.isdir(settings.source)
-    if not (settings.name or local or settings.source == PrepareSettings.source):
-        problems.append(f'source={settings.source!r}: give this set a --name of its own')
-    if settings.val_input and 'val_fraction' in typed:
-        problems.append(f'val_fraction={settings.val_fraction}: all of val_input is validation; '
-                        'leave out one of the two')
-    return problems
+    named = settings.name or settings.source == PrepareSettings.source
+    two_ways = settings.val_input and 'val_fraction' in typed
+    rules = [
+        ('max_tokens', settings.max_tokens >= 0, 'must be at least 0'),
+        ('shard_tokens', 0 < settings.shard_tokens < 2**31,
+         'must be at least 1 and below 2^31, because the header counts in int32'),
+        ('val_fraction', 0 < settings.val_fraction < 1, 'must be above 0 and below 1'),
+        ('val_fraction', not two_ways, 'all of val_input is validation; leave out one of the two'),
+        ('name', re.fullmatch(r'(\w[\w.-]*)?', settings.name),
+         'use letters, digits, _ . - only, because it names a folder'),
+        ('source', named or os.path.isdir(settings.source), 'give this set a --name of its own'),
+        *((key, key not in typed or source == user, f'{source} does not use it; leave it out')
+          for key, user in users.items()),
+    ]
+    return [f'{key}={getattr(settings, key)!r}: {must}' for key, holds, must in rules if not holds]
 
 
 # --- tokenising, in several threads ---------------------------------------------------------------

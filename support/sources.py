@@ -123,12 +123,13 @@ def input_files(key, told, tell=False):
 def text_documents(settings):
     """Validation comes first, so that max_tokens leaves it whole."""
     files = input_files('input', settings.input, tell=True)
+    enough = math.ceil(min(2 / settings.val_fraction, 1e9))
     if settings.val_input:
         for text in read_files(input_files('val_input', settings.val_input, tell=True)):
             yield text, 1.0
         for text in read_files(files):
             yield text, 0.0
-    elif fewer_than(2 / settings.val_fraction, files):
+    elif sum(1 for _ in itertools.islice(read_files(files), enough)) < enough:
         # By hash, a split might stay empty.
         for text in read_files(files):
             cut = int(len(text) * (1 - settings.val_fraction))
@@ -137,12 +138,6 @@ def text_documents(settings):
     else:
         for text in read_files(files):
             yield text, settings.val_fraction
-
-
-def fewer_than(enough, files):
-    """Whether files hold fewer documents than that; reads no more than those."""
-    found = itertools.islice(read_files(files), math.ceil(enough))
-    return sum(1 for _ in found) < enough
 
 
 def sizes(files):

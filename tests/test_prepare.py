@@ -176,6 +176,7 @@ def test_too_little_text(tmp_path):
     message = refused(*told)
     assert message.startswith('text: 1 training and 1 validation tokens, too few to learn from')
     (tmp_path / 'x.txt').write_text('enough')
+    assert 'too few to learn from' in refused(*told, '--val_fraction=5e-324')
     run(*told)
     assert open_data(f'{tmp_path}/out', 'text').val.tokens == 2
 
