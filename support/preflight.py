@@ -113,34 +113,32 @@ def is_finished(s, saved):
     return finished and saved['step'] >= s.max_iters
 
 
-def newest_checkpoint(folder):
-    """The content of last.pt or, if that is damaged or missing, of previous.pt, and `notes`."""
-    path, previous = (os.path.join(folder, name) for name in CHECKPOINTS)
+def newest_checkpoint(path, previous):
+    """(content, '') of a checkpoint or, if it is damaged or missing, (that before it, a note)."""
     try:
-        return {**load_checkpoint(path), 'notes': []}
+        return load_checkpoint(path), ''
     except Refused as refused:
         if not os.path.exists(previous):
             raise
         damage = str(refused).split(';')[0]
     saved = load_checkpoint(previous)
-    with contextlib.suppress(FileNotFoundError):
-        os.replace(path, f'{path}.damaged')  # lest it become the next previous.pt
-    return {**saved, 'notes': [f'{damage}; continuing from {previous}, step {saved["step"]}']}
+    return saved, f'{damage}; continuing from {previous}, step {saved["step"]}'
 
 
 def checkpoint_to_resume(s, data):
     """What a run is to be continued from, and `notes` to say; None if it begins. Refused if it is
     another run, or one that has done more than is asked for."""
-    there = [os.path.exists(os.path.join(s.out_dir, name)) for name in CHECKPOINTS]
-    if starts_anew(s) or not any(there):
+    path, previous = (os.path.join(s.out_dir, name) for name in CHECKPOINTS)
+    if starts_anew(s) or not (os.path.exists(path) or os.path.exists(previous)):
         return None
-    saved = newest_checkpoint(s.out_dir)
+    saved, damage = newest_checkpoint(path, previous)
     if 'progress' not in saved:
-        raise Refused(f'{s.out_dir}/last.pt holds weights only, like a best.pt: not enough to '
-                      'resume from; restore the last.pt of this run')
+        raise Refused(f'{path} holds weights only, like a best.pt: not enough to resume from; '
+                      'restore the last.pt of this run')
+    notes = [damage] if damage else []
     unknown = ', '.join(sorted(set(saved['settings']) - set(vars(s))))
     if unknown:
-        saved['notes'].append(f'the run has settings that this version does not know: {unknown}')
+        notes.append(f'the run has settings that this version does not know: {unknown}')
     defaults = vars(type(s)())  # what a setting newer than the run was
     then = fixed_on_resume({**defaults, **saved['settings']})
     problems = [
@@ -159,7 +157,10 @@ def checkpoint_to_resume(s, data):
             'another run with another --out_dir')
     if problems:
         raise Refused(problems)
-    return saved
+    if damage:
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(path, f'{path}.damaged')  # lest it become the next previous.pt
+    return {**saved, 'notes': notes}
 
 
 def fixed_on_resume(settings):

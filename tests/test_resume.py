@@ -14,7 +14,7 @@ import prepare
 import prune
 import train
 from model import ATTENTIONS
-from support.rundir import read_metrics, save_checkpoint
+from support.rundir import load_checkpoint, read_metrics, save_checkpoint
 from support.shards import open_data
 
 TIMINGS = ('tokens_per_second', 'mfu', 'peak_memory_bytes', 'seconds')
@@ -273,6 +273,7 @@ def test_resume_on_other_data(tiny, half, tmp_path):
 
 
 def test_resume_from_weights_only_or_from_a_damaged_checkpoint(tiny, half):
+    (half / 'previous.pt').unlink()
     path = half / 'last.pt'
     whole = path.read_bytes()
     path.write_bytes((half / 'best.pt').read_bytes())
@@ -284,6 +285,81 @@ def test_resume_from_weights_only_or_from_a_damaged_checkpoint(tiny, half):
     assert problem.startswith(f'checkpoint {path} is damaged')
     path.write_bytes(whole)
     assert train.main(tiny(init_from='resume', lr_decay_iters=8)) == 0
+
+
+@pytest.mark.parametrize('damage', ['cut short', 'missing'])
+@pytest.mark.parametrize('init_from', ['auto', 'resume'])
+def test_resume_goes_on_from_the_checkpoint_before_a_damaged_one(
+        tiny, tmp_path, capsys, damage, init_from):
+    told = dict(max_iters=8, save_interval=3, eval_interval=100)
+    train.main(tiny(**told, out_dir=tmp_path / 'straight'))
+    train.main(tiny(**told))
+    folder = tmp_path / 'run'
+    assert load_checkpoint(folder / 'previous.pt')['step'] == 6
+    whole = (folder / 'last.pt').read_bytes()
+    (folder / 'last.pt').unlink()
+    if damage == 'cut short':
+        (folder / 'last.pt').write_bytes(whole[:-100])
+    capsys.readouterr()
+    assert train.main(tiny(**told, init_from=init_from)) == 0
+    problem = 'no checkpoint ' if damage == 'missing' else 'checkpoint '
+    [note] = [line for line in capsys.readouterr().out.splitlines() if line.startswith('note: ')]
+    assert note.startswith(f'note: {problem}{folder}/last.pt')
+    assert note.endswith(f'; continuing from {folder}/previous.pt, step 6')
+    assert note in (folder / 'train.log').read_text()
+    assert_same_run(tmp_path / 'straight', folder)
+    assert load_checkpoint(folder / 'previous.pt')['step'] == 6  # the damaged one did not follow
+    assert (folder / 'last.pt.damaged').exists() == (damage == 'cut short')
+
+
+def test_resume_with_two_damaged_checkpoints_or_of_another_run_leaves_all_as_it_is(tiny, half):
+    for name in ('last.pt', 'previous.pt'):
+        path = half / name
+        path.write_bytes(path.read_bytes()[:-100])
+        before = files_of(half)
+        told = tiny(init_from='resume', lr_decay_iters=8, seed=2)
+        assert refusal(train.main, told)[0].startswith(
+            'seed=2' if name == 'last.pt' else f'checkpoint {half}/previous.pt is damaged')
+        assert files_of(half) == before
+
+
+def test_a_run_that_has_done_more_than_is_asked_for_is_refused(tiny, tmp_path):
+    """Whether its end is known or not; of just as many steps it ends at once."""
+    folder = tmp_path / 'run'
+    train.main(tiny())
+    for ended in (True, False):
+        before = files_of(folder)
+        for init_from in ('auto', 'resume'):
+            told = tiny(init_from=init_from, max_iters=4, lr_decay_iters=8)
+            assert refusal(train.main, told) == [
+                f'max_iters=4: the run in {folder} has done 8 updates; ask for as many, or start '
+                'another run with another --out_dir']
+        assert files_of(folder) == before
+        if ended:
+            (folder / 'summary.json').unlink()
+    before = last(folder)['weights']
+    assert train.main(tiny(init_from='resume')) == 0
+    after = last(folder)['weights']
+    assert all(torch.equal(before[name], after[name]) for name in after)
+    assert json.loads((folder / 'summary.json').read_text())['exit_reason'] == 'finished'
+
+
+def test_the_advice_after_a_run_without_a_checkpoint_works(tiny, tmp_path, monkeypatch):
+    """Killed between best.pt and the first last.pt."""
+    def killed(run):
+        raise ZeroDivisionError
+
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(train, 'save', killed)
+        train.main(tiny(save_interval=6))
+    folder = tmp_path / 'run'
+    (folder / 'summary.json').unlink()
+    assert {'best.pt'} == {path.name for path in folder.glob('*.pt')}
+    for init_from in ('scratch', 'resume'):
+        [problem] = refusal(train.main, tiny(init_from=init_from))
+        assert '--init_from=auto' in problem and '--init_from=resume' not in problem
+    assert train.main(tiny(init_from='auto')) == 0
+    assert last(folder)['step'] == 8
 
 
 def test_settings_of_other_versions_do_not_end_a_resume(tiny, half, capsys):
@@ -332,6 +408,16 @@ def test_sigterm_and_ctrl_c_save_at_a_step_boundary(tiny, tmp_path):
         assert train.main(tiny(**told, out_dir=tmp_path / number.name, init_from='resume')) == 0
         assert_same_run(tmp_path / 'straight', tmp_path / number.name)
         assert metrics(tmp_path / number.name) == metrics(tmp_path / 'straight')
+
+
+def test_lost_output_does_not_end_a_run(tiny, tmp_path):
+    argv = [sys.executable, HOME / 'train.py', *tiny()]
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == 'preflight\n'
+    process.stdout.close()  # as `head -1` does
+    assert process.stderr.read() == '' and process.wait(timeout=60) == 0
+    assert last(tmp_path / 'run')['step'] == 8
+    assert 'finished: validation loss' in (tmp_path / 'run' / 'train.log').read_text()
 
 
 # --- on a GPU -------------------------------------------------------------------------------------
