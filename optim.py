@@ -341,8 +341,7 @@ class AdamW(torch.optim.Optimizer):
         device = self.param_groups[0]['params'][0].device
         groups = [prune.copied({**older, **first}, device), *others]
         self.check_state(groups, state_dict['state'])
-        # Without the state, because torch would cast it.
-        super().load_state_dict({**state_dict, 'state': {}, 'param_groups': groups})
+        super().load_state_dict({'state': {}, 'param_groups': groups})  # a state would be cast
         keys = sum([group['params'] for group in groups], [])  # numbers, or the parameters' names
         parameters = sum([group['params'] for group in self.param_groups], [])
         for key, p in zip(keys, parameters):
@@ -577,12 +576,11 @@ class AdamWPrune(AdamWSPAM):
                  score: str = 'bitter7', target_sparsity: float = 0.5, **others: Any):
         prune.known('AdamWPrune: base', base, ('adamw', 'adamwspam'))
         fields = prune.Pruner.__dataclass_fields__
-        pruning = {key: value for key, value in others.items() if key in fields}
-        rest = {key: value for key, value in others.items() if key not in fields}
-        spam = [key for key in rest if key.startswith('spam_')]
+        pruning = {key: others.pop(key) for key in fields if key in others}
+        spam = [key for key in others if key.startswith('spam_')]
         if spam and base == 'adamw':
             raise ValueError(f"AdamWPrune: {', '.join(spam)} given, but base='adamw'")
-        super().__init__(params, lr, betas, eps, weight_decay, **rest)
+        super().__init__(params, lr, betas, eps, weight_decay, **others)
         self.base = base
         self.pruner = prune.Pruner(self, score=score, target_sparsity=target_sparsity,
                                    hold=self.recovering, hooked=False, **pruning)

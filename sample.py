@@ -35,7 +35,7 @@ class SampleSettings:
     top_k: int = 200  # only the likeliest k tokens can be drawn; 0: all
     top_p: float = 1.0  # only the likeliest of this probability (arXiv 1904.09751); 1: all
     seed: int = 1337  # a text depends on it, its prompt and its number among the prompt's samples
-    score: Path = ''  # file whose loss and perplexity are measured, in windows; no text is made
+    score: Path = ''  # file whose loss, perplexity and bits a byte are measured; no text is made
     # --- where ------------------------------------------------------------------------------------
     checkpoint: Literal['best', 'last'] = 'best'  # best validation loss, or the latest weights
     device: str = 'auto'  # auto, cpu, cuda or cuda:N
@@ -51,7 +51,7 @@ def check(s, vocab_size):
         ('temperature', s.temperature >= 0, 'must not be negative'),
         ('top_k', 0 <= s.top_k <= vocab_size, f'must be 0 to {vocab_size}, the vocabulary'),
         ('top_p', 0 < s.top_p <= 1, 'must be above 0 and at most 1'),
-        ('seed', 0 <= s.seed < 2**63, 'must be at least 0 and below 2^63'),
+        ('seed', s.seed >= 0, 'must not be negative'),
     ]
     return [f'{key}={getattr(s, key)!r}: {must}' for key, holds, must in rules if not holds]
 
@@ -139,8 +139,7 @@ def print_texts(tokenizer, prompts, steps, end):
 
 @torch.inference_mode()
 def print_score(model, tokenizer, path):
-    """Mean loss of all tokens of a file but the first, given those before in their window. Bits a
-    byte compare models with different tokenizers."""
+    """Mean loss of all tokens of a file but the first, given those before in their window."""
     tokens = tokenizer.encode(read_text(path, 'score'))
     scored = len(tokens) - 1
     if scored < 1:
