@@ -76,8 +76,8 @@ def write_atomically(path, write, keep=None):
         os.replace(temporary, path)
     except BaseException as error:
         remove(temporary)
-        if isinstance(error, OSError):
-            error.filename = error.filename or path  # a full disk names none
+        if isinstance(error, OSError) and error.filename in (None, temporary):  # full; folder gone
+            error.filename = path
         raise
     sync_rename(path)
 

@@ -61,6 +61,8 @@ def exit_code(error):
     """
     if os.environ.get('NANOPRUNE_TRACEBACK'):
         traceback.print_exception(error)
+    if isinstance(error, OSError) and isinstance(error.__context__, Refused):
+        error = error.__context__  # the same full disk took no summary either
     if isinstance(error, Refused):
         return error.report()
     if isinstance(error, KeyboardInterrupt):

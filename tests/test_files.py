@@ -91,6 +91,9 @@ def test_failed_write_names_the_file_and_keeps_both_contents(tmp_path):
     with pytest.raises(OSError, match='No space left') as caught:
         write_atomically(path, full, 'before')
     assert caught.value.filename == path
+    with pytest.raises(FileNotFoundError) as caught:
+        write_atomically(f'{tmp_path}/gone/file', lambda f: None)
+    assert caught.value.filename == f'{tmp_path}/gone/file'
     assert (tmp_path / 'file').read_bytes() + (tmp_path / 'before').read_bytes() == b'21'
     assert sorted(os.listdir(tmp_path)) == ['before', 'file']
 
