@@ -71,20 +71,20 @@ def load_arms(folders, baseline):
 
 # --- text -----------------------------------------------------------------------------------------
 
-LAST = 10  # logged losses whose mean is the training loss; each is of one step
+LAST = 10  # logged losses whose mean is the training loss; each is that of one step
 COLUMNS = (  # heading, key of numbers(), how to write mean and standard error
     ('sparsity', 'sparsity', '{:.1%}'.format),
     ('val loss', 'val_loss', '{:.4f} ± {:.4f}'.format),
     ('perplexity', 'val_loss', lambda loss, _: f'{np.exp(loss):.2f}'),
     ('minus baseline', 'difference', '{:+.4f} ± {:.4f}'.format),
     ('in perplexity', 'ratio', '{:+.1%} ± {:.1%}'.format),
-    (f'train loss, last {LAST} logged', 'train_loss', '{:.4f}'.format),
+    (f'training, last {LAST}', 'train_loss', '{:.4f}'.format),
     ('non-zero', 'nonzero', lambda n, _: f'{n / 1e6:.1f}M'),
     ('mean density', 'density', '{:.1%}'.format),
     ('tokens', 'tokens', lambda n, _: f'{n / 1e6:,.1f}M'),
     ('epochs', 'epochs', '{:.2f}'.format),
-    ('tok/s, median', 'tokens_per_second', '{:,.0f}'.format),
-    ('peak GiB, allocated', 'peak_memory_bytes', lambda n, _: f'{n / 2**30:.2f}'),
+    ('tok/s', 'tokens_per_second', '{:,.0f}'.format),
+    ('peak GiB', 'peak_memory_bytes', lambda n, _: f'{n / 2**30:.2f}'),
     ('reserved', 'peak_reserved_bytes', lambda n, _: f'{n / 2**30:.2f}'),
 )
 
@@ -232,9 +232,8 @@ def sparsity_grid(run):
     shares = {}  # name of a matrix: its sparsity in each layer
     for name, share in run.summary.get('sparsity_by_layer', {}).items():
         if name.startswith('blocks.'):
-            _, _, module, matrix = name.removesuffix('.weight').split('.', 3)
-            label = f"{module.replace('attention', 'attn')}\n{matrix}"
-            shares.setdefault(label, []).append(share)
+            label = name.removesuffix('.weight').split('.', 2)[-1].replace('.', '\n', 1)
+            shares.setdefault(label.replace('attention', 'attn'), []).append(share)
     return list(shares), np.array(list(shares.values())).T
 
 
@@ -260,8 +259,8 @@ def picture(arms, curves=''):
     for label in ('perplexity', 'minus the first', 'sparsity'):
         if not any(curve[1].any() for curve in panels[label].values()):
             del panels[label]
-    height = sum(HEIGHTS[label] for label in panels)
-    figure = Figure(figsize=(12.5, 3 + height / 2), dpi=120, layout='constrained')
+    height = 3 + sum(map(HEIGHTS.get, panels)) / 2  # inches
+    figure = Figure(figsize=(12.5, height), dpi=120, layout='constrained')
     left = figure
     if pruned := {f'C{i}': run for i, run in enumerate(runs) if sparsity_grid(run)[0]}:
         left, right = figure.subfigures(1, 2, width_ratios=(3, 1), wspace=0.02)
@@ -279,8 +278,8 @@ def picture(arms, curves=''):
 
 def draw_panels(figure, panels):
     """Panels of curves, one below the other: {label: axis}. panels: {label: {name: curve}}."""
-    heights = [HEIGHTS[label] for label in panels]
-    axes = dict(zip(panels, figure.subplots(len(panels), height_ratios=heights)))
+    rows = figure.subplots(len(panels), height_ratios=list(map(HEIGHTS.get, panels)))
+    axes = dict(zip(panels, rows))
     for label, axis in axes.items():
         axis.set_ylabel(label)
         axis.grid(alpha=0.25)
@@ -350,7 +349,7 @@ def compare(folders, options, plot=''):
     text = '\n'.join([table(arms), '', *(f'- careful: {line}' for line in lines)]).strip()
     print(text)
     if path := s.plot or plot:
-        kind = os.path.splitext(path)[1][1:] or 'png'
+        kind = os.path.splitext(path)[1][1:] or 'png'  # else matplotlib gives it another name
         try:
             picture(arms, s.curves).savefig(path, format=kind, bbox_inches='tight')
         except (ImportError, OSError, ValueError) as error:  # ValueError: an unknown kind of file

@@ -45,9 +45,9 @@ def read_experiment(path):
 
 
 def is_finished(folder, settings):
-    """Whether `folder` holds a finished run of these settings; train.py refuses one of others."""
+    """Whether `folder` has the end, good or bad, of a run of these settings, not of others."""
     summary = read_json(os.path.join(folder, 'summary.json'), ['exit_reason'])
-    if not summary or summary['exit_reason'] != 'finished':
+    if not summary or summary['exit_reason'] not in ('finished', 'diverged', 'nan'):
         return False
     made_with = read_json(os.path.join(folder, 'config.json'))['settings']
     return all(made_with.get(key) == value for key, value in settings.items())

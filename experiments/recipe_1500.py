@@ -11,6 +11,7 @@ _zero = dict(min_lr=0, lr_schedule='linear')
 _late = dict(prune_score='magnitude', prune_start=750, prune_end=1470, prune_interval=10,
              prune_lr_power=1)  # as config/best_50.py: 50% to 98% of the run
 _early = {**_late, 'prune_start': 375, 'prune_end': 1125}  # 25% to 75%
+varied = ['min_lr', 'lr_schedule', 'prune_score', 'target_sparsity', 'prune_start', 'prune_end']
 runs = {
     'dense_tenth': _tenth,
     'dense_zero': _zero,

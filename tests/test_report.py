@@ -117,8 +117,8 @@ def test_table_says_what_the_summaries_say(run, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert cells(lines[0]) == [
         'arm', 'seeds', 'sparsity', 'val loss', 'perplexity', 'minus baseline', 'in perplexity',
-        'train loss, last 10 logged', 'non-zero', 'mean density', 'tokens', 'epochs',
-        'tok/s, median', 'peak GiB, allocated', 'reserved']
+        'training, last 10', 'non-zero', 'mean density', 'tokens', 'epochs', 'tok/s', 'peak GiB',
+        'reserved']
     assert set(lines[1]) == set('|-: ')
     assert cells(lines[2]) == [
         'short', '1', '50.0%', '3.0000', '20.09', '-', '-', '2.9000', '0.0M', '74.4%', '0.4M',
@@ -413,7 +413,8 @@ def test_perplexity_over_sparsity_is_a_line_a_method_and_a_point_a_smaller_dense
 def test_runs_that_go_on_are_left_out_of_perplexity_over_sparsity(run):
     folders = [run('dense'), run('best_50', sparsity=0.5), run('best_90', sparsity=0.9)]
     going = run('best_75', sparsity=0.75, steps=155, ended=False)
-    assert axis_of(drawn(*folders, going), 'perplexity').lines[1].get_xydata().shape == (3, 2)
+    axis = axis_of(drawn(folders[0], going, *folders[1:]), 'perplexity')
+    np.testing.assert_allclose(axis.lines[1].get_xdata(), [0, 0.5, 0.9])
     shown = drawn(going, *folders).axes  # the baseline itself goes on
     assert 'perplexity' not in [axis.get_ylabel() for axis in shown]
 
@@ -467,4 +468,6 @@ def test_results_are_small_and_complete():
     for folder in runs:
         metrics = (folder / 'metrics.jsonl').read_text().splitlines()
         assert 10 < len(metrics) <= 200
-        assert json.loads((folder / 'summary.json').read_text())['exit_reason'] == 'finished'
+        assert 'host' not in (folder / 'config.json').read_text()
+        assert json.loads((folder / 'summary.json').read_text())['exit_reason'] in (
+            'finished', 'diverged', 'nan')

@@ -1,5 +1,6 @@
 """sweep.py: an experiment on the CPU, from nothing to committed figures, stopped and continued."""
 import json
+import time
 
 import pytest
 from conftest import TINY, refusal
@@ -40,16 +41,35 @@ def test_runs_leave_their_figures_and_a_report(experiment, tmp_path, capsys):
     assert 'started' not in capsys.readouterr().out  # what is finished is not run again
 
 
-def test_time_limit_saves_and_the_same_command_continues(experiment, tmp_path, capsys):
+class Clock:
+    """For sweep.py the time is up as soon as the run has got beyond `step`."""
+
+    def __init__(self, folder, step):
+        self.metrics = folder / 'metrics.jsonl'
+        self.step = step
+
+    def monotonic(self):
+        steps = [record['step'] for record in read_metrics(self.metrics)]
+        return 1e9 if steps and steps[-1] > self.step else 0.0
+
+    def sleep(self, seconds):
+        time.sleep(seconds)
+
+
+def test_time_limit_saves_and_the_same_command_continues(experiment, tmp_path, capsys,
+                                                         monkeypatch):
     source = experiment.read_text().replace("'max_iters': 12", "'max_iters': 100000")
     experiment.write_text(source.replace("'second'", "# 'second'").replace('{}, #', '{}} #'))
+    folder = tmp_path / 'out' / 'small' / 'first'
+    monkeypatch.setattr(sweep, 'time', Clock(folder, 0))
     assert sweep.main([str(experiment), '--time_limit=8']) == 1
     assert 'continues it' in capsys.readouterr().out
-    summary = tmp_path / 'out' / 'small' / 'first' / 'summary.json'
+    summary = folder / 'summary.json'
     first = json.loads(summary.read_text())
     assert first['exit_reason'] == 'sigterm' and first['steps'] > 0
     assert not (tmp_path / 'results').exists()
-    assert sweep.main([str(experiment), '--time_limit=6']) == 1
+    monkeypatch.setattr(sweep, 'time', Clock(folder, first['steps']))
+    assert sweep.main([str(experiment), '--time_limit=8']) == 1
     assert json.loads(summary.read_text())['steps'] > first['steps']
 
 
@@ -82,6 +102,10 @@ def test_an_edited_experiment_is_not_finished(tmp_path):
     (folder / 'summary.json').write_text('{"exit_reason": "finished"}')
     (folder / 'config.json').write_text('{"settings": {"seed": 1, "learning_rate": 0.001}}')
     assert sweep.is_finished(str(folder), dict(seed=1, learning_rate=1e-3))
+    for reason, ended in (('diverged', True), ('nan', True), ('sigterm', False), ('error', False)):
+        (folder / 'summary.json').write_text(json.dumps({'exit_reason': reason}))
+        assert sweep.is_finished(str(folder), dict(seed=1)) is ended
+    (folder / 'summary.json').write_text('{"exit_reason": "finished"}')
     assert not sweep.is_finished(str(folder), dict(seed=2, learning_rate=1e-3))
 
 
