@@ -167,7 +167,7 @@ def train(run):
 def one_step(run):
     """One update: (loss, gradient norm) as tensors on the device, nothing waited for."""
     loss = within_memory(run, local_gradients)
-    sum_over_ranks(run, loss)
+    ranks.combine(run, [*(flat.grads for flat in run.flats), loss])  # sums, of each rank's shares
     norm = optim.gradient_norm(run.flats)
     note_bad_step(run, loss, norm)
     optim.scale_gradients(run.flats, clip_factor(run, norm), run.bad_step < 0, fused(run))
@@ -233,11 +233,6 @@ def inputs_and_targets(device, stream, windows, T):
     if device.type == 'cuda':
         tokens = tokens.pin_memory().to(device, non_blocking=True)
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-
-
-def sum_over_ranks(run, loss):
-    """Add up gradients and loss; each is already divided by the micro-batches of all ranks."""
-    ranks.combine(run, [flat.grads for flat in run.flats] + [loss])
 
 
 def note_bad_step(run, loss, norm):

@@ -114,28 +114,28 @@ def is_finished(s, saved):
 
 
 def newest_checkpoint(path, previous):
-    """(content, '') of a checkpoint or, if it is damaged or missing, (that before it, a note)."""
+    """(content, []) of a checkpoint or, if it is damaged or missing, (that before it, [a note])."""
     try:
-        return load_checkpoint(path), ''
+        return load_checkpoint(path), []
     except Refused as refused:
         if not os.path.exists(previous):
             raise
-        damage = str(refused).split(';')[0]
-    saved = load_checkpoint(previous)
-    return saved, f'{damage}; continuing from {previous}, step {saved["step"]}'
+        saved = load_checkpoint(previous)
+        reason = str(refused).split(';')[0]
+        return saved, [f'{reason}; continuing from {previous}, step {saved["step"]}']
 
 
 def checkpoint_to_resume(s, data):
-    """What a run is to be continued from, and `notes` to say; None if it begins. Refused if it is
+    """What a run is to be continued from, and `notes` on it; None if it begins. Refused if it is
     another run, or one that has done more than is asked for."""
     path, previous = (os.path.join(s.out_dir, name) for name in CHECKPOINTS)
     if starts_anew(s) or not (os.path.exists(path) or os.path.exists(previous)):
         return None
-    saved, damage = newest_checkpoint(path, previous)
+    saved, notes = newest_checkpoint(path, previous)
+    damaged = bool(notes)
     if 'progress' not in saved:
         raise Refused(f'{path} holds weights only, like a best.pt: not enough to resume from; '
                       'restore the last.pt of this run')
-    notes = [damage] if damage else []
     unknown = ', '.join(sorted(set(saved['settings']) - set(vars(s))))
     if unknown:
         notes.append(f'the run has settings that this version does not know: {unknown}')
@@ -157,7 +157,7 @@ def checkpoint_to_resume(s, data):
             'another run with another --out_dir')
     if problems:
         raise Refused(problems)
-    if damage:
+    if damaged:
         with contextlib.suppress(FileNotFoundError):
             os.replace(path, f'{path}.damaged')  # lest it become the next previous.pt
     return {**saved, 'notes': notes}
