@@ -116,8 +116,8 @@ def track(tracker, update):
     """
     u = update.float()
     if not tracker:
-        tracker.update(count=1, flip=0.0, cos_dir=1.0, jitter=0.0)
-        tracker.update(last=u, average=u.clone(), size=u.abs())
+        tracker.update(count=1, last=u, average=u.clone(), size=u.abs())
+        tracker.update(flip=u.new_zeros(()), cos_dir=u.new_ones(()), jitter=u.new_zeros(()))
         return
     distance = (u.abs() - tracker['size']).abs().mean()
     tracker['flip'] = (u.sign() * tracker['last'].sign() < 0).float().mean()
@@ -469,6 +469,9 @@ class Pruner:
         for key in ('masks', 'dense', 'initial', 'trackers'):
             tensors = {self.named[name]: value for name, value in saved[key].items()}
             setattr(self, key, {p: copied(value, p.device) for p, value in tensors.items()})
+        if self.regrow and self.pruned and not self.frozen and not self.dense:
+            raise ValueError('Pruner: this state lacks the dense weights, without which nothing '
+                             'regrows; load all of it (torch.save and torch.load keep it)')
 
 
 def copied(value, device):
