@@ -57,6 +57,7 @@ rank = int(os.environ['RANK'])
 finish = train.finish
 gradients = train.local_gradients
 save = train.save_checkpoint
+write_summary = train.write_summary
 forward = train.GPT.forward
 
 def keep_weights(run):
@@ -72,9 +73,12 @@ def signal_self(run):
         os.kill(os.getpid(), signal.SIGTERM)
     return gradients(run)
 
-def save_slowly(path, content, keep=None):
-    if content['step'] == 8:  # the other must not end before, because torchrun kills the rest then
-        time.sleep(1)
+def write_slowly(run, reason):
+    # the other must not end before, because torchrun kills the rest then
+    time.sleep(rank == 0)
+    write_summary(run, reason)
+
+def save_and_say(path, content, keep=None):
     save(path, content, keep)
     with open(f'{folder}/saved', 'a') as f:
         f.write(f'{rank} {os.path.basename(path)} {content["step"]}\\n')
@@ -115,10 +119,13 @@ assert train.main(argv + told + [f'--out_dir={folder}/weights_{rank}']) == 1
 assert train.main(argv + told + PRUNED + [f'--out_dir={folder}/masks_{rank}',
                                           '--prune_interval=10']) == 1
 train.local_gradients = signal_self
-train.save_checkpoint = save_slowly
-sys.exit(train.main(argv + [
+train.save_checkpoint = save_and_say
+train.write_summary = write_slowly
+code = train.main(argv + [
     f'--out_dir={folder}/stopped_{rank}', '--log_interval=100', '--eval_interval=100',
-    '--save_interval=7'] + PRUNED))
+    '--save_interval=7'] + PRUNED)
+sys.stdout.flush()
+os._exit(code)  # at once
 '''
 
 
