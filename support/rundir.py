@@ -199,9 +199,10 @@ class RunLog:
                 self.track(numbers, step)
 
     def sync(self):
-        """Wait until the disk has all that was measured."""
+        """Wait until the disk has all that was measured, if it has room."""
         if self.write:
-            os.fsync(self.metrics.fileno())
+            with contextlib.suppress(OSError):
+                os.fsync(self.metrics.fileno())
 
     def close(self):
         if self.write:

@@ -1,4 +1,5 @@
 """support/rundir.py: checkpoints, sparse weights, the log, metrics and trackers."""
+import errno
 import json
 import os
 import resource
@@ -12,6 +13,7 @@ import pytest
 import torch
 from conftest import HOME, refusal
 
+import train
 from support.rundir import (
     FORMAT,
     RunLog,
@@ -27,6 +29,7 @@ from support.rundir import (
     unpack,
     unpack_weights,
 )
+from support.settings import run_command
 
 # --- checkpoints ----------------------------------------------------------------------------------
 
@@ -173,6 +176,28 @@ def test_full_disk_while_saving_keeps_the_previous_checkpoint(tmp_path):
     assert problem.endswith('); the previous checkpoint stays')
     assert torch.equal(load_checkpoint(path)['weights']['a'], content()['weights']['a'])
     assert os.listdir(tmp_path) == ['last.pt']
+
+
+def test_disk_that_fills_while_training(tiny, tmp_path, monkeypatch, capsys):
+    real = os.fsync
+
+    def full(descriptor):
+        is_temporary = os.readlink(f'/proc/self/fd/{descriptor}').endswith('.tmp')
+        if is_temporary and (tmp_path / 'run' / 'last.pt').exists():
+            raise OSError(errno.ENOSPC, 'No space left on device')
+        real(descriptor)
+
+    monkeypatch.setattr(os, 'fsync', full)
+    monkeypatch.setattr(sys, 'argv', ['train.py', *tiny(save_interval=2, eval_interval=8)])
+    with pytest.raises(SystemExit) as ended:
+        run_command(train.main)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == (
+        f'refused:\n  - {tmp_path}/run/last.pt could not be written (No space left on device); the '
+        'previous checkpoint stays\n')
+    assert load_checkpoint(str(tmp_path / 'run' / 'last.pt'))['step'] == 2
+    assert sorted(os.listdir(tmp_path / 'run')) == ['config.json', 'last.pt', 'metrics.jsonl',
+                                                    'train.log']
 
 
 SAVE_AND_KILL = '''

@@ -395,3 +395,10 @@ def test_command_ends_with_the_code_of_its_main(monkeypatch):
         run_command(len)
     assert ended.value.code == 2
     assert Refused('one').problems == ['one']
+
+
+def test_help_in_another_locale_and_without_docstrings():
+    environment = {**os.environ, 'LC_ALL': 'POSIX', 'PYTHONIOENCODING': 'ascii'}
+    done = subprocess.run([sys.executable, '-OO', HOME / 'prepare.py', '--help'], env=environment,
+                          capture_output=True, timeout=120)
+    assert done.returncode == 0 and done.stderr == b'' and b'--shard_tokens=' in done.stdout
