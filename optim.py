@@ -342,11 +342,10 @@ class AdamW(torch.optim.Optimizer):
         groups = [prune.copied({**older, **first}, device), *others]
         self.check_state(groups, state_dict['state'])
         super().load_state_dict({'state': {}, 'param_groups': groups})  # a state would be cast
-        keys = sum([group['params'] for group in groups], [])  # numbers, or the parameters' names
-        parameters = sum([group['params'] for group in self.param_groups], [])
-        for key, p in zip(keys, parameters):
-            if key in state_dict['state']:
-                self.state[p] = prune.copied(state_dict['state'][key], p.device)
+        for saved, group in zip(groups, self.param_groups):
+            for key, p in zip(saved['params'], group['params']):  # numbers, or the model's names
+                if key in state_dict['state']:
+                    self.state[p] = prune.copied(state_dict['state'][key], p.device)
         self.parts = []
 
     def check_state(self, groups, states):
@@ -360,8 +359,7 @@ class AdamW(torch.optim.Optimizer):
             self.refuse_options({key: group.get(key) for key in ('amsgrad', 'maximize')})
 
     def __getstate__(self):
-        """Of a copy: as in torch no hooks, nor the step() that a learning-rate scheduler puts in
-        its place, which steps the original."""
+        """Of a copy: no hooks, as in torch, nor the step() that schedulers bind to the original."""
         kept = {key: value for key, value in self.__dict__.items() if not key.startswith('_')}
         kept.pop('step', None)
         return {**kept, 'flats': (), 'parts': []}
