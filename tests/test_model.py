@@ -40,6 +40,23 @@ def test_loss_is_the_cross_entropy_of_the_logits():
         assert torch.equal(model(idx, targets), loss)
 
 
+@pytest.mark.parametrize('told', [{}, dict(attention='mla', latent_dim=32)])
+def test_initial_weights_are_those_of_gpt2(told):
+    """0.02, but what is added to the residual stream smaller by the root of its 2 n_layer terms."""
+    torch.manual_seed(1)
+    model = GPT(GPTConfig(vocab_size=500, block_size=64, n_layer=8, n_head=2, n_embd=128, **told))
+    projections = 0
+    for name, p in model.named_parameters():
+        expected = 0.02
+        if name.endswith(('attention.proj.weight', 'mlp.proj.weight')):
+            expected = 0.02 / math.sqrt(2 * 8)
+            projections += 1
+        if p.dim() == 2 and not name.endswith('_up.weight'):  # the latent's, which GPT-2 lacks
+            assert p.std().item() == pytest.approx(expected, rel=0.05), name
+            assert abs(p.mean().item()) < 0.05 * expected, name
+    assert projections == 2 * 8
+
+
 def test_the_logits_never_exist_at_once():
     """No tensor of tokens x vocabulary is made on the way to the loss and its gradients."""
     class Watch(TorchDispatchMode):
