@@ -4,8 +4,8 @@
     torchrun --nproc_per_node=8 train.py config/vanilla_baseline.py
     python train.py --help
 
-Exit codes: 0 finished, 1 failed, 2 refused (the message says why), 3 diverged or NaN, 130, 143, 129
-after Ctrl-C, SIGTERM, SIGHUP, saved at a step boundary. After SIGUSR1 it saves and goes on.
+Exit codes: 0 finished, 1 failed, 2 refused (the message says why), 3 diverged or NaN, 130, 143 and
+129 after Ctrl-C, SIGTERM and SIGHUP, saved at a step boundary. SIGUSR1 saves and the run goes on.
 --init_from=resume continues a run.
 """
 import contextlib
@@ -38,8 +38,9 @@ from support.shards import window_order
 class Settings:
     # --- run ----------------------------------------------------------------------------
     out_dir: Path = 'out/run'  # run directory: config, log, metrics, checkpoints, summary
-    init_from: Literal['scratch', 'resume', 'auto', 'hf:PATH'] = 'scratch'  # where it begins
+    init_from: Literal['scratch', 'resume', 'auto', 'hf:PATH', 'run:PATH'] = 'scratch'  # where
     # auto: resume if there is a run, else scratch; hf: a GPT-2, in a folder or by its hub name
+    # run: the weights of another run (prune_score=zeros keeps what is pruned in either)
     seed: int = 1337  # decides weights, data order and dropout (nanoGPT's value)
     device: str = 'auto'  # auto, cpu, cuda or cuda:N (ROCm's too); auto: GPU if there is one
     dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'  # of the matrices; auto: by device
@@ -161,7 +162,8 @@ def train(run):
             save(run)
         guards.stop_if_signalled(run, ranks.highest(run, run.stop_signal), save)
     if not save(run):
-        raise Stop('unsaved', 3, 'the end is not saved; the last good checkpoint stays')
+        raise Stop('unsaved', 3, f'step {p.step}: done, but not saved; the last good checkpoint '
+                                 'stays. Likely a learning rate too high')
 
 
 def one_step(run):
@@ -509,7 +511,8 @@ def problems_when_built(s, data):
             build_optimizer(s, optim.flatten(model, torch.float32))
     except (ValueError, RuntimeError) as error:  # RuntimeError: sizes beyond all bounds
         return [str(error)], 0
-    return [], model.parameter_count() * 4 * (3 + 1) * 2  # each beside the one it replaces
+    # last.pt three times, for previous.pt and while it is written; best.pt twice
+    return [], model.parameter_count() * 4 * (3 * 3 + 2)
 
 
 def read_settings(argv):

@@ -91,7 +91,8 @@ def check_out_dir(s, bytes_needed):
     if not (os.path.isdir(parent) and os.access(parent, os.W_OK)):
         problems.append(f"out_dir='{s.out_dir}': {parent} is no folder that may be written to; "
                         'choose another --out_dir')
-    free = shutil.disk_usage(parent).free
+    there_now = sum(os.path.getsize(os.path.join(s.out_dir, f)) for f in there)  # makes way
+    free = shutil.disk_usage(parent).free + there_now
     if free < bytes_needed:
         problems.append(f"out_dir='{s.out_dir}': the checkpoints need {size(bytes_needed)}, the "
                         f'disk has {size(free)} left; free some or choose another --out_dir')

@@ -144,12 +144,16 @@ def test_out_dir_is_judged_again_once_it_is_locked(tiny, tmp_path, monkeypatch):
 
 def test_disk_without_room_for_the_checkpoints(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, 'disk_usage', lambda path: SimpleNamespace(free=2**19))
-    # weights and two moments in last.pt, weights in best.pt; each beside the one it replaces
-    needed = sum(p.numel() for p in tiny_model().parameters()) * 4 * (3 + 1) * 2
+    # Weights and two moments in last.pt, which stays as previous.pt while the next is written, and
+    # weights in best.pt, beside the one it replaces.
+    needed = sum(p.numel() for p in tiny_model().parameters()) * 4 * (3 * 3 + 1 * 2)
     assert refusal(train.main, tiny()) == [
         f"out_dir='{tmp_path}/run': the checkpoints need {needed / 2**20:.1f} MiB, the disk has "
         '0.5 MiB left; free some or choose another --out_dir']
     assert not (tmp_path / 'run').exists()
+    (tmp_path / 'run').mkdir()
+    (tmp_path / 'run' / 'last.pt').write_bytes(bytes(needed - 2**19))  # of the same run
+    train.read_settings(tiny(init_from='auto'))  # is not refused, because that one makes way
 
 
 def test_out_dir_that_may_not_be_written(tiny, tmp_path, monkeypatch):

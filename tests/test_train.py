@@ -439,7 +439,8 @@ def test_weights_that_blew_up_are_not_saved_whatever_the_intervals(tiny, tmp_pat
     log = text_log(tmp_path / 'run').splitlines()
     assert [line for line in log if line.startswith('WARNING')][0].startswith(
         'WARNING: step 12 is not saved, its loss is above ')
-    assert log[-1] == 'the end is not saved; the last good checkpoint stays'
+    assert log[-1] == ('step 14: done, but not saved; the last good checkpoint stays. Likely a '
+                       'learning rate too high')
     told = summary(tmp_path / 'run')
     assert (told['exit_reason'], told['steps']) == ('unsaved', 14)
 
