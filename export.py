@@ -150,28 +150,43 @@ def read_config(path):
     return GPTConfig(bias=True, **{ours: theirs[key] for ours, key in SIZES.items()})
 
 
-# --- a run that starts from a GPT-2 ---------------------------------------------------------------
+# --- a run that starts from a GPT-2, or from another run ------------------------------------------
+
+
+def read_start(source):
+    """({name: float32 tensor}, GPTConfig) of init_from=hf:PATH or run:PATH; None for others."""
+    kind, _, path = source.partition(':')
+    if kind == 'hf':
+        return read_gpt2(path)
+    if kind == 'run':
+        model, _ = load_model(path, 'best' if os.path.exists(f'{path}/best.pt') else 'last')
+        return model.state_dict(), model.config
+    return None
 
 
 def starting_weights(settings, model):
     """{name: float32 tensor} that a new run starts from: those of `model`, drawn from the seed, or
-    those of --init_from=hf:PATH, of whose positions it takes the first block_size."""
-    if not settings.init_from.startswith('hf:'):
+    those that init_from names, of whose positions it takes the first block_size."""
+    start = read_start(settings.init_from)
+    if start is None:
         return {name: p.detach().clone() for name, p in model.named_parameters()}
-    weights, _ = read_gpt2(settings.init_from.removeprefix('hf:'))
-    positions = weights['position_embedding.weight'][:settings.block_size]
-    return {**weights, 'position_embedding.weight': positions}
+    weights, _ = start
+    if settings.positions == 'learned':
+        name = 'position_embedding.weight'
+        weights[name] = weights[name][:settings.block_size]
+    return weights
 
 
 def pretrained_problems(settings, data):
-    """Problems of the settings, and of the data unless None, with init_from=hf:PATH's GPT-2."""
+    """Problems of the settings, and of the data unless None, with what init_from names."""
     source = settings.init_from
-    if not source.startswith('hf:'):
-        return []
     try:
-        _, theirs = read_gpt2(source.removeprefix('hf:'))
+        start = read_start(source)
     except Refused as refused:
         return refused.problems
+    if start is None:
+        return []
+    _, theirs = start
     ours = model_config(settings, theirs.vocab_size)
     problems = []
     for key in ('n_layer', 'n_head', 'n_embd', 'bias', 'attention', 'positions', 'n_kv_head',

@@ -52,6 +52,7 @@ def bitter10(w, m, v, tracker):
 SCORES = {
     'magnitude': lambda w: w.abs(),
     'movement': lambda w, w0: w * (w - w0),  # arXiv 2005.07683
+    'zeros': lambda w0: (w0 != 0).float(),  # for fine-tuning: what is 0 at the start stays 0
     'bitter0': lambda w, m, v: w.abs() * (w.abs() * relative_step(m, v).abs()),
     'bitter1': lambda w: w.abs(),
     'bitter2': lambda w: w.abs(),  # its preset trains 21% longer
@@ -267,10 +268,12 @@ class Pruner:
     hooked: bool = True  # False: the caller calls put_back() before each update
 
     def __post_init__(self):
+        if self.score == 'zeros':  # the first step() chooses the masks, and target_sparsity
+            self.start, self.end = 0, 1
         for_good = self.pattern == '2:4' and not self.regrow
         self.last = self.start if for_good else self.end  # updates to the final masks
         self.named = named_matrices(self.optimizer)  # {name: parameter}, see fix_scope
-        self.floor = 0.05 if self.score == 'bitter4' else FLOOR
+        self.floor = {'bitter4': 0.05, 'zeros': 0.0}.get(self.score, FLOOR)
         self.check()
         self.updates = 0
         self.masked_at = -1  # updates done when masks were last chosen
@@ -310,6 +313,8 @@ class Pruner:
         require(self.score != 'bitter10' or self.allow_extra_memory,
                 "score='bitter10' keeps three more numbers a weight; allow it by "
                 "allow_extra_memory=True, or use 'bitter10z', which does without")
+        require(self.score != 'zeros' or self.allocation == 'global',
+                "score='zeros' with allocation='layer' would prune other weights; leave one out")
         require(self.named, 'there is nothing to prune: no matrix requires a gradient and is in a '
                 'group without prune=False')
         require(not any(p.is_complex() for p in self.named.values()),
@@ -383,6 +388,9 @@ class Pruner:
             self.masks[p] = torch.ones_like(p, dtype=torch.bool)
             if 'tracker' in needed:
                 self.trackers[p] = {}
+        if self.score == 'zeros':
+            zeros = sum((self.initial[p] == 0).sum() for p in self.masks)
+            self.target_sparsity = zeros.item() / self.scope_size
 
     def state_of(self, p):
         return self.optimizer.state.get(p, {})
@@ -436,6 +444,7 @@ class Pruner:
         """Zero what is pruned; while it may regrow, keep the weights as they are in `dense`."""
         if self.frozen:
             self.dense.clear()
+            self.initial.clear()
         elif self.regrow:
             self.dense = self.dense or {p: torch.empty_like(self.weight_of(p)) for p in self.masks}
             for p, dense in self.dense.items():

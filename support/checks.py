@@ -76,7 +76,10 @@ def check_pruning(s, require):
     """A ramp that does not fit into the run. The rest is found by building the Pruner."""
     require(s.prune_regrow >= 0 or s.prune_regrow == -1, 'prune_regrow',
             'must be at least 0, or -1 for pruned for good')
-    if s.prune_score == 'none':
+    if s.prune_score == 'zeros':
+        require(s.init_from != 'scratch', 'prune_score init_from', 'keeps what is 0 at the start; '
+                'start from a pruned model, --init_from=run:FOLDER or hf:FOLDER')
+    if s.prune_score in ('none', 'zeros'):
         return
     require(0 <= s.prune_start < s.prune_end <= s.max_iters, 'prune_start prune_end max_iters',
             'the ramp must start before it ends and end within the run, e.g. --prune_start='
@@ -125,6 +128,8 @@ def without_effect(s):
              s.optimizer != 'adamwprune' or s.prune_score != 'none')
     act_only('prune_allocation', 'a prune_score other than bitter4, which has its own',
              s.prune_score != 'bitter4')
+    act_only('target_sparsity prune_schedule prune_start prune_end prune_interval prune_regrow',
+             'a prune_score other than zeros', s.prune_score != 'zeros')
     act_only('prune_schedule prune_allocation', 'prune_pattern=unstructured',
              s.prune_pattern == 'unstructured')
     different = changed(s)

@@ -213,7 +213,9 @@ def rows_of(run):
             hint = 'set TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL=1'
         kernel = f'math: UNFUSED, slow and O(block_size^2) memory; {hint}'
     pruning = 'none'
-    if run.pruner:
+    if s.prune_score == 'zeros':
+        pruning = f'what is 0 of the {run.pruner.scope_size:,} weights of {s.prune_scope} stays 0'
+    elif run.pruner:
         factor = (1 - s.target_sparsity) ** -s.prune_lr_power
         pruning = (f'{s.target_sparsity:.1%} of the {run.pruner.scope_size:,} weights of '
                    f'{s.prune_scope} by {s.prune_score}, between step {s.prune_start} and '

@@ -24,6 +24,7 @@ ORACLE = {  # the table of scores, written out; w, m, v, w0: float64 numpy array
     'bitter9': lambda w, m, v, w0: (abs(w) * np.sqrt(abs(m) + E)
                                     - 0.1 * np.sign(w) * m / (np.sqrt(v) + E)),
     'bitter10z': lambda w, m, v, w0: abs(w) * np.sqrt(abs(m) + E) * abs(m) / (np.sqrt(v) + E),
+    'zeros': lambda w, m, v, w0: 1.0 * (w0 != 0),
 }
 
 

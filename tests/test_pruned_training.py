@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import last, refusal
 
+import export
 import optim
 import train
 from model import load_model
@@ -215,3 +216,32 @@ def test_any_optimizer_of_pytorch_is_pruned(tiny, tmp_path, monkeypatch):
     summary = json.loads((tmp_path / 'run' / 'summary.json').read_text())
     assert summary['sparsity'] == 0.5
     assert '  optimizer          SGD, ' in (tmp_path / 'run' / 'train.log').read_text()
+
+
+@pytest.mark.parametrize('source', ['run', 'hf'])
+def test_fine_tuning_a_pruned_model_keeps_its_zeros(tiny, tmp_path, source):
+    """Of a run, or of its export; all other weights move."""
+    pruned = tmp_path / 'pruned'
+    told = dict(bias=True, block_size=32)
+    assert train.main(tiny(**PRUNED, **told, out_dir=pruned)) == 0
+    if source == 'hf':
+        pytest.importorskip('transformers')
+        assert export.main([str(pruned), str(tmp_path / 'hf')]) == 0
+    start = {'run': f'run:{pruned}', 'hf': f'hf:{tmp_path / "hf"}'}[source]
+    tuned = tmp_path / 'tuned'
+    assert train.main(tiny(init_from=start, prune_score='zeros', max_iters=6, min_lr=1e-3,
+                           **told, out_dir=tuned)) == 0
+    after = matrices(tuned)
+    assert zeros(tuned) == zeros(pruned)
+    for name, before in matrices(pruned).items():
+        assert torch.equal(before == 0, after[name] == 0)
+        assert not torch.equal(before, after[name])
+    assert summary(tuned)['sparsity'] == summary(pruned)['sparsity']
+    assert train.main(tiny(init_from='resume', prune_score='zeros', max_iters=8, min_lr=1e-3,
+                           lr_decay_iters=6, **told, out_dir=tuned)) == 0
+    assert zeros(tuned) == zeros(pruned)
+
+
+def test_zeros_of_a_fresh_start_are_refused(tiny):
+    [problem] = refusal(train.main, tiny(prune_score='zeros'))
+    assert "prune_score='zeros' init_from='scratch'" in problem

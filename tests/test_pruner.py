@@ -11,6 +11,8 @@ import prune
 from optim import AdamW, AdamWPrune
 from prune import Pruner
 
+PRUNING = [name for name in prune.SCORES if name != 'zeros']  # it prunes nothing of a dense start
+
 RAMP = dict(start=4, end=20, interval=3)
 SPAM = dict(spam_interval=9, spam_warmup=4, spam_grace=2, spam_theta=50.0)
 N = 12 * 16 + 8 * 32  # weights of the matrices below
@@ -180,7 +182,7 @@ def test_scores_of_moments_are_refused_where_there_are_none(name):
         run(optimizer, params, 1, pruner=pruner)
 
 
-@pytest.mark.parametrize('score', prune.SCORES)
+@pytest.mark.parametrize('score', PRUNING)
 def test_torch_adamw_and_ours_choose_the_same_masks(score):
     """Float32 differs in the last place: a few weights at the threshold may."""
     masks = []
@@ -267,7 +269,7 @@ def test_masks_hold_and_follow_the_schedule_at_every_step(dtype, regrow, srste, 
     assert not pruner.dense
 
 
-@pytest.mark.parametrize('score', prune.SCORES)
+@pytest.mark.parametrize('score', PRUNING)
 @pytest.mark.parametrize('spam', [{}, dict(base='adamwspam', **SPAM)])
 def test_every_score_prunes_exactly_and_for_good(score, spam):
     params = parameters()
@@ -443,3 +445,21 @@ def test_gpu_steps_wait_for_nothing_but_where_masks_are_chosen(regrow):
             torch.cuda.set_sync_debug_mode('default')
     assert optimizer.pruner.sparsity == 0.5
     assert_zero_where_pruned(optimizer.pruner)
+
+
+def test_zeros_keeps_what_is_zero_at_the_start_and_nothing_else():
+    params = parameters(torch.float32)
+    zero = [torch.zeros_like(p, dtype=torch.bool) for p in params]
+    with torch.no_grad():
+        for p, where in zip(params, zero):
+            if p.dim() >= 2:
+                where.view(-1)[::3] = True
+                p.masked_fill_(where, 0)
+    optimizer = torch.optim.SGD(params, lr=1e-2, momentum=0.9)
+    pruner = Pruner(optimizer, score='zeros', target_sparsity=0.9, start=10, end=20)
+    run(optimizer, params, 3, pruner=pruner)
+    for p, where in zip(params, zero):
+        assert torch.equal(p == 0, where)
+    assert pruner.frozen and pruner.pruned == sum(where.sum() for where in zero)
+    with pytest.raises(ValueError, match="score='zeros' with allocation='layer'"):
+        Pruner(optimizer, score='zeros', target_sparsity=0.5, start=0, end=1, allocation='layer')
