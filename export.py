@@ -171,9 +171,9 @@ def starting_weights(settings, model):
     if start is None:
         return {name: p.detach().clone() for name, p in model.named_parameters()}
     weights, _ = start
-    if settings.positions == 'learned':
-        name = 'position_embedding.weight'
-        weights[name] = weights[name][:settings.block_size]
+    if 'position_embedding.weight' in weights:
+        positions = weights['position_embedding.weight'][:settings.block_size]
+        return {**weights, 'position_embedding.weight': positions}
     return weights
 
 
