@@ -8,7 +8,8 @@ from torch._dynamo.utils import counters
 from support.settings import Refused
 
 DIVERGE_NATS = 1.0  # a loss this far above the lowest average of the run ...
-DIVERGE_STEPS = 200  # ... for this many updates ends it
+DIVERGE_STEPS = 200  # ... for this many updates ...
+DIVERGE_LINES = 5  # ... and log lines ends it
 AVERAGED_LINES = 20  # that an average of logged losses is over: no odd batch makes it low
 SAVE = getattr(signal, 'SIGUSR1', 0)  # Windows has neither it nor SIGHUP
 
@@ -81,7 +82,7 @@ def highest_loss(run):
 
 
 def guard_against_divergence(run, loss):
-    """Follow the average of the logged losses. Stop once both have been too high for long."""
+    """Follow the average of the logged losses. Stop once they have been too high for long."""
     s, p = run.settings, run.progress
     limit = highest_loss(run)
     p.average_loss += (loss - p.average_loss) / AVERAGED_LINES
@@ -95,12 +96,13 @@ def guard_against_divergence(run, loss):
         p.above_since = p.step
     above = (f'loss {loss:.3f} is more than {DIVERGE_NATS} nat above its lowest average '
              f'{p.lowest_average:.3f}')
-    if p.step - p.above_since >= DIVERGE_STEPS and p.average_loss > limit:
+    since = p.step - p.above_since
+    if since >= max(DIVERGE_STEPS, DIVERGE_LINES * s.log_interval):
         raise Stop('diverged', 3, f'step {p.step}: diverged, {above} since step {p.above_since}. '
                                   f'Likely causes: learning_rate={s.learning_rate:g} too high, '
                                   f'warmup_iters={s.warmup_iters} too short, grad_clip='
                                   f'{s.grad_clip:g} (0: none). The last good checkpoint stays')
-    if p.step - p.above_since == s.log_interval:  # one line alone may be an odd batch's
+    if since == s.log_interval:  # one line alone may be an odd batch's
         run.log.say(f'WARNING: {above}')
 
 

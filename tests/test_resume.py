@@ -117,7 +117,7 @@ VARIANTS = {
 CASES = {
     **{f'{name}, {attention}': dict(told, attention=attention)
        for name, told in OPTIMIZERS.items() for attention in ATTENTIONS},
-    **{f'score {name}': dict(RAMP, prune_score=name) for name in prune.SCORES},
+    **{f'score {name}': dict(RAMP, prune_score=name) for name in prune.SCORES if name != 'zeros'},
     **VARIANTS,
     'grouped, rotary, bias': dict(n_kv_head=1, positions='rotary', bias=True),
     'mla, rotary': dict(attention='mla', positions='rotary', latent_dim=8),
