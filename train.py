@@ -624,8 +624,7 @@ def finish(run):
     finally:
         write_summary(run, reason)
         run.log.close()
-    if reason != ranks.LOST:
-        ranks.part(run)
+    ranks.part(run, reason, code)
     return code
 
 

@@ -18,7 +18,7 @@ PATIENCE = timedelta(minutes=5)  # that ranks have with each other ...
 PATIENCE_AT_FIRST = timedelta(minutes=30)  # ... once all have done a step: compiling takes long
 ROLL_CALL = 5.0  # seconds in which a rank that lives answers
 FINAL = ('nan', 'diverged', 'unsaved', 'refused')  # exit reasons of codes 2 and 3
-LOST = 'rank lost'  # reason of the Stop after which nobody is waited for
+LOST = 'rank lost'  # the exit reason after which nobody is waited for
 PLACES = {'out_dir', 'data_dir', 'device'}  # settings that each machine may have of its own
 
 
@@ -102,8 +102,10 @@ def first_line(error):
     return str(error).splitlines()[0].rpartition('] ')[2]
 
 
-def part(run):
+def part(run, reason, code):
     """Wait for the others before the end, because torchrun kills the rest as soon as one ends."""
+    if reason == LOST:
+        os._exit(code)  # at once: what torch.distributed does at an end waits for the lost one
     with contextlib.suppress(Stop):  # one that is missing has been named
         highest(run, 0)
 

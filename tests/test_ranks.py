@@ -290,22 +290,22 @@ def test_a_refusal_on_another_rank_is_told(monkeypatch, capsys):
 
 
 KILLED = '''
-import os, signal, sys
+import os, runpy, signal, sys
 sys.path.insert(0, sys.argv.pop(1))
 import torch
-import train
-from support.settings import run_command
+from support import guards, ranks
 torch.set_num_threads(1)
-gradients = train.local_gradients
+ranks.ROLL_CALL = 0.5
+go_on = guards.stop_if_signalled
 
-def kill_self(run):
+def kill_self(run, stop, save):
     first = os.environ['TORCHELASTIC_RESTART_COUNT'] == '0'
     if first and os.environ['RANK'] == '1' and run.progress.step == 5:
         os.kill(os.getpid(), signal.SIGKILL)
-    return gradients(run)
+    go_on(run, stop, save)
 
-train.local_gradients = kill_self
-run_command(train.main)
+guards.stop_if_signalled = kill_self
+runpy.run_path(os.path.join(sys.path[0], 'train.py'), run_name='__main__')
 '''
 
 
