@@ -429,7 +429,8 @@ def test_log_goes_on_after_its_reader_has_gone(tmp_path):
     os.close(read)
     command = [sys.executable, '-c', LOG_WITHOUT_READER, str(HOME), str(tmp_path)]
     with open(write, 'wb') as pipe:
-        done = subprocess.run(command, stdout=pipe, stderr=subprocess.PIPE, timeout=60)
+        done = subprocess.run(command, stdout=pipe, stderr=subprocess.PIPE, timeout=60,
+                              env={**os.environ, 'PYTHONUNBUFFERED': ''})
     assert (done.returncode, done.stderr) == (0, b'')
     assert (tmp_path / 'train.log').read_text() == 'line 0\nline 1\nline 2\n'
 

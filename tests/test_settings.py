@@ -350,7 +350,7 @@ from support.settings import run_command
 
 def main(argv):
     print('naïve 漢字')
-    for n in range(20_000):
+    for n in range(int(argv[1])):
         print('a line', n)
     return 3
 
@@ -358,32 +358,34 @@ run_command(main)
 '''
 
 
-def run_tool(arguments, **more):
+def run_tool(stdout, lines, **environment):
     """The finished process of the tool, its output as bytes."""
-    return subprocess.run([sys.executable, '-c', TOOL, str(HOME)], stderr=subprocess.PIPE,
-                          timeout=60, **arguments, **more)
+    environment = {**os.environ, 'PYTHONUNBUFFERED': '', **environment}  # the buffer is the danger
+    return subprocess.run([sys.executable, '-c', TOOL, str(HOME), lines], stdout=stdout, env=environment,
+                          stderr=subprocess.PIPE, timeout=60)
 
 
 @pytest.mark.parametrize('encoding, first', [('cp1252', b'na\xefve \\u6f22\\u5b57'),
                                              ('ascii', b'na\\xefve \\u6f22\\u5b57')])
 def test_output_in_an_encoding_that_lacks_characters(encoding, first):
-    environment = {**os.environ, 'PYTHONIOENCODING': encoding}
-    done = run_tool(dict(env=environment), stdout=subprocess.PIPE)
+    done = run_tool(subprocess.PIPE, '1', PYTHONIOENCODING=encoding)
     assert done.returncode == 3 and done.stderr == b''
     assert done.stdout.splitlines()[0] == first
 
 
-def test_output_that_nobody_reads_ends_quietly():
+@pytest.mark.parametrize('lines', ['1', '20000'])  # within and beyond a buffer
+def test_output_that_nobody_reads_ends_quietly(lines):
     read, write = os.pipe()
     os.close(read)
     with open(write, 'wb') as pipe:
-        done = run_tool({}, stdout=pipe)
+        done = run_tool(pipe, lines)
     assert done.returncode == 141 and done.stderr == b''
 
 
-def test_output_to_a_full_disk_is_one_line():
+@pytest.mark.parametrize('lines', ['1', '20000'])
+def test_output_to_a_full_disk_is_one_line(lines):
     with open('/dev/full', 'wb') as full:
-        done = run_tool({}, stdout=full)
+        done = run_tool(full, lines)
     assert done.returncode == 1
     assert done.stderr.decode() == ('failed: No space left on device; correct that and give the '
                                     'same command again\n')
