@@ -63,9 +63,9 @@ def combine(run, tensors, op=dist.ReduceOp.SUM):
             dist.all_reduce(tensor, op)
     except RuntimeError as error:
         missing = missing_ranks(run.machine)
-        told = (f'step {run.progress.step}: no answer from rank {", ".join(map(str, missing))} '
-                f'({first_line(error)}); see its machine and what it said, and continue with '
-                '--init_from=resume')
+        names = ', '.join(map(str, missing)) or 'unknown'
+        told = (f'step {run.progress.step}: no answer from rank {names} ({first_line(error)}); see '
+                'its machine and what it said, and continue with --init_from=resume')
         if 0 in missing:  # else it says so
             print(f'rank {run.machine.rank}: {told}', file=sys.stderr, flush=True)
         raise Stop(LOST, 1, told) from None
@@ -114,7 +114,7 @@ def check_same_run(run):
     """Stop, on all ranks, where they differ in what they hold."""
     if run.machine.world == 1:
         return
-    masters = [flat.masters.view(torch.int32).sum(dtype=torch.int64) for flat in run.flats]
+    masters = [flat.masters.view(torch.int64).sum() for flat in run.flats]  # sums may wrap
     masks = 0
     for mask in run.pruner.masks.values() if run.pruner else ():
         masks = zlib.crc32(mask.cpu().numpy(), masks)
