@@ -9,8 +9,11 @@ import json
 import math
 import os
 import platform
+import queue
+import secrets
 import subprocess
 import sys
+import threading
 import zipfile
 import zlib
 
@@ -118,6 +121,7 @@ def unpack_weights(weights):
 # --- log, metrics, tracker ------------------------------------------------------------------------
 
 TRACKERS = ('none', 'wandb', 'trackio', 'tensorboard')
+TRACKER_PATIENCE = 60  # seconds in which it may send what is left when the run has ended
 
 
 def clock(seconds):
@@ -137,8 +141,7 @@ class RunLog:
     def __init__(self, out_dir, tracker='none', config=None, keep_until=None, write=True):
         """keep_until: the step a run resumes from; what was measured after it goes. None: anew."""
         self.write = write
-        self.tracker = tracker
-        self.track = None  # function (numbers, step)
+        self.tracker = None  # the thread that gives records to a tracker
         if not write:
             return
         os.makedirs(out_dir, exist_ok=True)
@@ -146,27 +149,29 @@ class RunLog:
         kept = []
         if keep_until is not None:
             # The evaluation at the step it resumes from is made again, if it is due.
-            kept = [(line, record) for line, record in metrics_lines(metrics)
+            kept = [line for line, record in metrics_lines(metrics)
                     if record is None or record['step'] < keep_until + ('loss' in record)]
-        write_atomically(metrics, lambda f: f.writelines(line for line, _ in kept))
-        self.metrics = open_inside(metrics, 'a')
-        self.text = open_inside(os.path.join(out_dir, 'train.log'),
-                                'w' if keep_until is None else 'a')
-        if damaged := sum(record is None for _, record in kept):
-            self.say(f'WARNING: {metrics}: {damaged} damaged lines, which stay as they are')
-        if tracker != 'none':
-            with self.tracker_may_fail(tracker):
-                self.track = open_tracker(tracker, out_dir, config)
+        write_atomically(metrics, lambda f: f.writelines(kept))
+        text = os.path.join(out_dir, 'train.log')
+        if keep_until is None or os.path.islink(text) or not os.path.isfile(text):
+            write_atomically(text, lambda f: None)  # in the place of a link or a FIFO
+        self.metrics = open(metrics, 'a', encoding='utf-8')
+        self.text = open(text, 'a', encoding='utf-8', errors='backslashreplace')
+        if tracker != 'none':  # in a thread, because a server may take long to answer
+            self.records = queue.SimpleQueue()
+            name = tracker_name(out_dir, anew=keep_until is None)
+            self.tracker = threading.Thread(target=self.follow, daemon=True,
+                                            args=(tracker, out_dir, name, config))
+            self.tracker.start()
 
-    @contextlib.contextmanager
-    def tracker_may_fail(self, name):
-        """A tracker never ends a run: it is left out from its first error on."""
+    def follow(self, tracker, out_dir, name, config):
+        """Give records to a tracker. It never ends a run: its first error is its own end."""
         try:
-            yield
+            run_tracker(tracker, out_dir, name, config, iter(self.records.get, None))
         except Exception as error:  # whatever its package raises
-            self.track = None
-            self.say(f'WARNING: tracker={name} is not available ({type(error).__name__}: {error}); '
-                     'metrics.jsonl has it all')
+            with contextlib.suppress(ValueError):  # the run has ended, and its files are closed
+                self.say(f'WARNING: tracker={tracker} is not available ({type(error).__name__}: '
+                         f'{error}); metrics.jsonl has it all')
 
     def say(self, line=''):
         if self.write:
@@ -192,11 +197,8 @@ class RunLog:
             return
         text = json.dumps(finite_or_none(record))[:-1]
         self.put(self.metrics, f'{text}, "crc": {zlib.crc32(text.encode())}}}')
-        if self.track:
-            numbers = {key: value for key, value in record.items() if value is not None}
-            step = numbers.pop('step')
-            with self.tracker_may_fail(self.tracker):
-                self.track(numbers, step)
+        if self.tracker:
+            self.records.put(record)
 
     def sync(self):
         """Wait until the disk has all that was measured, if it has room."""
@@ -205,63 +207,77 @@ class RunLog:
                 os.fsync(self.metrics.fileno())
 
     def close(self):
+        if self.tracker:
+            self.records.put(None)
+            self.tracker.join(TRACKER_PATIENCE)
         if self.write:
             for file in (self.metrics, self.text):
                 with contextlib.suppress(OSError):  # a full disk
                     file.close()
 
 
-def open_inside(path, mode):
-    """Open a text file of a run directory; a link or a FIFO of that name makes way."""
-    if os.path.islink(path) or not os.path.isfile(path):
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(path)
-    return open(path, mode, encoding='utf-8', errors='backslashreplace')
+def tracker_name(out_dir, anew):
+    """What a tracker calls the run: that of its folder and a number, the same after a resume."""
+    path = os.path.join(out_dir, 'tracker_name')
+    if anew or not os.path.exists(path):
+        name = f'{os.path.basename(os.path.abspath(out_dir))}-{secrets.token_hex(4)}'
+        write_atomically(path, lambda f: f.write(name.encode()))
+    with open(path, encoding='utf-8') as f:
+        return f.read()
 
 
-def open_tracker(name, out_dir, config):
-    """A function (numbers, step); raises whatever the tracker's package raises."""
-    if name == 'tensorboard':
+def run_tracker(tracker, out_dir, name, config, records):
+    """Give records, of training and of evaluations, to a tracker as train/ and val/; a run of that
+    name goes on. Raises whatever the tracker's package raises."""
+    def numbers(record):
+        part = 'train' if 'loss' in record else 'val'
+        return {f'{part}/{key.removeprefix("val_")}': value for key, value in record.items()
+                if value is not None and key != 'step'}
+
+    if tracker == 'tensorboard':
         tensorboard = importlib.import_module('torch.utils.tensorboard')
-        writer = tensorboard.SummaryWriter(os.path.join(out_dir, 'tensorboard'))
-
-        def write_all(numbers, step):
-            for key, value in numbers.items():
-                writer.add_scalar(key, value, step)
+        writer = tensorboard.SummaryWriter(os.path.join(out_dir, tracker))
+        writer.add_text('settings', '\n'.join(f'    {key} = {config[key]!r}' for key in config))
+        for record in records:
+            for key, value in numbers(record).items():
+                writer.add_scalar(key, value, record['step'])
             writer.flush()
-        return write_all
-    package = importlib.import_module(name)  # wandb and trackio have the same interface
-    run_name = os.path.basename(os.path.abspath(out_dir))
-    package.init(project='nanoprune', name=run_name, config=config)
-    return lambda numbers, step: package.log(numbers, step=step)
+        return
+    folder = os.path.abspath(out_dir)
+    os.environ.setdefault('TRACKIO_DIR', os.path.join(folder, 'trackio'))
+    package = importlib.import_module(tracker)  # wandb and trackio have nearly the same interface
+    own = dict(id=name, dir=folder) if tracker == 'wandb' else {}
+    package.init(project='nanoprune', name=name, config=config, resume='allow', **own)
+    for record in records:
+        package.log(numbers(record), step=record['step'])
+    package.finish()
 
 
 def metrics_lines(path):
-    """[(line in bytes, its record or None if it is damaged)] of a metrics.jsonl."""
+    """[(line in bytes, its record or None)] of a metrics.jsonl; says how many are damaged."""
     if not os.path.exists(path):
         return []
     with open(regular(path), 'rb') as f:
-        return [(line.rstrip(b'\n') + b'\n', record_of(line)) for line in f]
+        lines = [(line.rstrip(b'\n') + b'\n', record_of(line)) for line in f]
+    if damaged := sum(record is None for _, record in lines):
+        print(f'note: {path}: {damaged} damaged lines are left out, and stay', file=sys.stderr)
+    return lines
 
 
 def record_of(line):
     """The record of a line, None if it is damaged. Lines of earlier versions have no checksum."""
-    text, has_checksum, rest = line.rpartition(b', "crc": ')
+    text, has_checksum, _ = line.rpartition(b', "crc": ')
     try:
         record = json.loads(line)
-        checksum = record.pop('crc', None)
-        whole = not has_checksum or checksum == zlib.crc32(text)
+        whole = record.pop('crc', None) == zlib.crc32(text) or not has_checksum
         return record if whole and type(record['step']) is int else None
     except (ValueError, TypeError, AttributeError, LookupError, RecursionError):
         return None
 
 
 def read_metrics(path):
-    """The records of a metrics.jsonl; how many damaged lines it has besides is said."""
-    records = [record for _, record in metrics_lines(path)]
-    if damaged := records.count(None):
-        print(f'note: {path}: {damaged} damaged lines left out', file=sys.stderr)
-    return [record for record in records if record is not None]
+    """The records of a metrics.jsonl, without damaged lines."""
+    return [record for _, record in metrics_lines(path) if record is not None]
 
 
 def provenance():

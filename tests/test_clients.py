@@ -12,6 +12,7 @@ import sys
 
 import pytest
 import torch
+from conftest import HOME
 from models import lively
 from test_export import NASTY
 from torch.nn import functional as F
@@ -94,3 +95,25 @@ def test_lm_eval_measures_the_bits_a_byte_of_a_local_file(exported, tmp_path):
         total += F.cross_entropy(logits, tokens[1:], reduction='sum').item()
     expected = total / math.log(2) / sum(len(text.encode()) for text in texts)
     assert measured == pytest.approx(expected, rel=1e-4)
+
+
+TRACKERS = {  # client: a file that it leaves in the run directory
+    'wandb': 'wandb/offline-run-*/*.wandb',
+    'trackio': 'trackio/*',
+    'tensorboard': 'tensorboard/events.out.tfevents.*',
+}
+
+
+@pytest.mark.parametrize('tracker', TRACKERS)
+def test_tracker_takes_a_run_and_its_continuation(tracker, tiny, tmp_path):
+    """In a process of its own, as wandb and trackio leave threads and servers behind."""
+    if not importlib.util.find_spec(tracker):
+        pytest.skip(f'{tracker} is not installed')
+    environment = {**os.environ, 'WANDB_MODE': 'offline', 'WANDB_SILENT': 'true'}
+    for more in (dict(max_iters=4), dict(max_iters=6, lr_decay_iters=4, init_from='resume')):
+        command = [sys.executable, 'train.py', *tiny(tracker=tracker, **more)]
+        done = subprocess.run(command, cwd=HOME, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert 'WARNING' not in done.stdout
+    assert list((tmp_path / 'run').glob(TRACKERS[tracker]))
+    assert (tmp_path / 'run' / 'tracker_name').read_text().startswith('run-')

@@ -6,6 +6,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import types
 import zipfile
 
@@ -14,6 +15,7 @@ import torch
 from conftest import HOME, refusal
 
 import train
+from support import rundir
 from support.rundir import (
     FORMAT,
     RunLog,
@@ -334,12 +336,12 @@ def test_damaged_metrics_stay_where_they_are_and_are_counted(tmp_path, capsys):
     lines[3:3] = [b'{"step": 4, "lo\xff\n', b'[' * 100_000 + b'\n']
     path.write_bytes(b''.join(lines) + b'{"step": 6, "los')
     assert [record['step'] for record in records(tmp_path)] == [1, 3, 4, 5]
-    assert capsys.readouterr().err == f'note: {path}: 4 damaged lines left out\n'
+    note = f'note: {path}: 4 damaged lines are left out, and stay\n'
+    assert capsys.readouterr().err == note
     log = RunLog(str(tmp_path), keep_until=4)
     log.measure(dict(step=5, loss=0.0))
     log.close()
-    text = (tmp_path / 'train.log').read_text()
-    assert text == f'WARNING: {path}: 4 damaged lines, which stay as they are\n'
+    assert capsys.readouterr().err == note
     kept = path.read_bytes().splitlines(keepends=True)
     assert kept[:6] == lines[:6] and kept[6] == b'{"step": 6, "los\n' and len(kept) == 8
     assert [record['step'] for record in records(tmp_path)] == [1, 3, 4, 5]
@@ -469,7 +471,7 @@ def test_provenance_names_command_commit_and_versions(monkeypatch):
 
 def test_missing_tracker_is_a_warning(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'wandb', None)
-    log = RunLog(str(tmp_path), tracker='wandb')
+    log = RunLog(str(tmp_path), tracker='wandb', config={})
     log.measure(dict(step=1, loss=2.0))
     log.close()
     text = (tmp_path / 'train.log').read_text()
@@ -477,30 +479,66 @@ def test_missing_tracker_is_a_warning(tmp_path, monkeypatch):
     assert records(tmp_path) == [dict(step=1, loss=2.0)]
 
 
+def stand_in(monkeypatch, name, log):
+    """A module called `name` with init and finish, in whose stead their arguments are kept."""
+    began = []
+    package = types.ModuleType(name)
+    package.init = lambda **told: began.append(told)
+    package.log = log
+    package.finish = lambda: began.append('finished')
+    monkeypatch.setitem(sys.modules, name, package)
+    return began
+
+
 @pytest.mark.parametrize('name', ['wandb', 'trackio'])
 def test_tracker_gets_what_is_measured_until_it_fails(tmp_path, monkeypatch, name):
-    began, got = [], []
+    got = []
 
-    def log_numbers(numbers, step=None):
+    def log_numbers(numbers, step):
         if len(got) == 2:
             raise ConnectionError('no network')
         got.append((numbers, step))
 
-    package = types.ModuleType(name)
-    package.init = lambda project, name, config: began.append((project, name, config))
-    package.log = log_numbers
-    monkeypatch.setitem(sys.modules, name, package)
+    began = stand_in(monkeypatch, name, log_numbers)
+    monkeypatch.delenv('TRACKIO_DIR', raising=False)
     log = RunLog(str(tmp_path / 'run'), tracker=name, config=dict(seed=3))
     measured = [dict(step=step, loss=1.0 / step, mfu=None) for step in (1, 2, 3, 4)]
+    measured[1] = dict(step=2, val_loss=0.5)
     for record in measured:
         log.measure(record)
     log.close()
-    assert began == [('nanoprune', 'run', dict(seed=3))]
-    assert got == [(dict(loss=1.0), 1), (dict(loss=0.5), 2)]
+    [told] = began
+    assert told['project'] == 'nanoprune' and told['config'] == dict(seed=3)
+    assert told['name'].startswith('run-') and told['resume'] == 'allow'
+    if name == 'wandb':
+        assert told['id'] == told['name'] and told['dir'] == str(tmp_path / 'run')
+    assert os.environ['TRACKIO_DIR'] == str(tmp_path / 'run' / 'trackio')
+    assert got == [({'train/loss': 1.0}, 1), ({'val/loss': 0.5}, 2)]
     assert (tmp_path / 'run' / 'train.log').read_text() == (
         f'WARNING: tracker={name} is not available (ConnectionError: no network); '
         'metrics.jsonl has it all\n')
     assert records(tmp_path / 'run') == measured
+
+
+def test_a_resumed_run_has_the_same_name_in_the_tracker_and_a_new_one_another(
+        tmp_path, monkeypatch):
+    began = stand_in(monkeypatch, 'wandb', lambda numbers, step: None)
+    for keep_until in (None, 0, None):
+        RunLog(str(tmp_path), tracker='wandb', config={}, keep_until=keep_until).close()
+    first, again, anew = [told['name'] for told in began if told != 'finished']
+    assert first == again != anew and began.count('finished') == 3
+
+
+def test_a_tracker_that_does_not_answer_holds_nothing_up(tmp_path, monkeypatch):
+    answer = threading.Event()
+    monkeypatch.setattr(rundir, 'TRACKER_PATIENCE', 0.1)
+    began = stand_in(monkeypatch, 'wandb', None)
+    monkeypatch.setattr(sys.modules['wandb'], 'init', lambda **told: answer.wait())
+    log = RunLog(str(tmp_path), tracker='wandb', config={})
+    log.measure(dict(step=1, loss=2.0))
+    log.close()
+    assert records(tmp_path) == [dict(step=1, loss=2.0)] and not began
+    answer.set()
 
 
 def test_tensorboard_gets_each_number_at_its_step(tmp_path, monkeypatch):
@@ -510,6 +548,9 @@ def test_tensorboard_gets_each_number_at_its_step(tmp_path, monkeypatch):
         def __init__(self, folder):
             self.folder = folder
 
+        def add_text(self, name, text):
+            written.append((name, text))
+
         def add_scalar(self, name, value, step):
             written.append((name, value, step))
 
@@ -518,10 +559,10 @@ def test_tensorboard_gets_each_number_at_its_step(tmp_path, monkeypatch):
 
     module = types.SimpleNamespace(SummaryWriter=SummaryWriter)
     monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', module)
-    log = RunLog(str(tmp_path), tracker='tensorboard')
+    log = RunLog(str(tmp_path), tracker='tensorboard', config=dict(seed=3))
     log.measure(dict(step=5, loss=2.5, mfu=None))
     log.close()
-    assert written == [('loss', 2.5, 5), 'flushed']
+    assert written == [('settings', '    seed = 3'), ('train/loss', 2.5, 5), 'flushed']
 
 
 def test_damaged_lines_of_the_metrics_are_left_out(tmp_path):
