@@ -437,6 +437,12 @@ def test_log_goes_on_after_its_reader_has_gone(tmp_path):
     assert (tmp_path / 'train.log').read_text() == 'line 0\nline 1\nline 2\n'
 
 
+def test_clock_that_stands_still_ends_no_run(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(train.time, 'monotonic', lambda: 5.0)
+    assert train.main(tiny()) == 0
+    assert records(tmp_path / 'run')[-1]['step'] == 8
+
+
 def test_only_the_first_rank_writes(tmp_path, capsys):
     log = RunLog(str(tmp_path / 'run'), tracker='wandb', write=False)
     log.say('x')
