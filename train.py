@@ -26,7 +26,7 @@ from support import guards, preflight, ranks
 from support.checks import check
 from support.files import write_json
 from support.guards import Stop, stop_if_bad
-from support.machine import find_machine, peak_memory
+from support.machine import find_machine, memory_figures, peak_memory
 from support.memory import rung_label, set_up_model, settings_on_rung, within_memory
 from support.preflight import effective_batch
 from support.rundir import FORMAT, TRACKERS, RunLog, clock, pack_weights, save_checkpoint
@@ -47,6 +47,7 @@ class Settings:
     compile: bool = True  # torch.compile; proven after the first steps
     activation_budget: float = 1.0  # share of activations kept for the backward
     # the compiler computes the rest again
+    dry_run: bool = False  # check everything, print the preflight table, write nothing
     deterministic: bool = False  # bit-identical repetition on a GPU, slower; on a CPU always
     tracker: Literal[*TRACKERS] = 'none'  # besides metrics.jsonl; its failure never stops a run
     # --- data ---------------------------------------------------------------------------
@@ -141,7 +142,8 @@ class Run:
     began: float = field(default_factory=time.monotonic)
     mark: float = field(default_factory=time.monotonic)  # time of the last log step, moved on by
     mark_step: int = 0  # what evaluation and saving took
-    speed: dict = field(default_factory=dict)  # latest tokens_per_second, mfu
+    speed: dict = field(default_factory=dict)  # latest tokens_per_second, milliseconds, mfu
+    peaks: list = field(default_factory=list)  # of memory, up to each log line
 
 
 # --- the loop -------------------------------------------------------------------------------------
@@ -394,16 +396,18 @@ def log_step(run, loss, norm):
     mfu = None
     if m.peak_flops:
         mfu = rate * run.model.flops_per_token() / (m.peak_flops * m.world)
-    run.speed = dict(tokens_per_second=rate, mfu=mfu)
-    memory = peak_memory(m.device)
+    run.speed = dict(tokens_per_second=rate, milliseconds=1e3 * seconds, mfu=mfu)
+    run.peaks.append(peak_memory(m.device))
+    memory = run.peaks[-1]['allocated']
     lr = learning_rate(s, p.step - 1)
     run.log.measure(dict(
         step=p.step, tokens=p.step * effective_batch(s) * s.block_size, loss=loss,
-        grad_norm=norm.item(), lr=lr, **run.speed, peak_memory_bytes=memory['allocated'],
+        grad_norm=norm.item(), lr=lr, **run.speed, peak_memory_bytes=memory,
         sparsity=sparsity(run), spikes=spikes(run).get('spikes', 0), seconds=elapsed(run)))
     told = f'mfu {mfu:5.1%}  ' if mfu else ''
     run.log.say(f'step {p.step:>6}  loss {loss:7.4f}  norm {norm.item():5.2f}  lr {lr:.1e}  '
-                f'{rate / 1e3:6.1f}k tok/s  {told}{memory["allocated"] / 2**30:4.1f} GiB  '
+                f'{1e3 * seconds:6.1f} ms {rate / 1e3:6.1f}k tok/s  {told}'
+                f'{memory / 2**30:4.1f} GiB  '
                 f'eta {clock(seconds * (s.max_iters - p.step))}')
     guards.report_graphs(run)
     if p.step % s.log_interval == 0 or p.step == 1:  # wherever a run is split into sessions
@@ -470,14 +474,15 @@ def sparsities(run):
 def write_summary(run, reason):
     """summary.json, whatever way the run ended."""
     s, p = run.settings, run.progress
-    memory = peak_memory(run.machine.device)
+    peaks = [*run.peaks, peak_memory(run.machine.device)]
     if run.log.write:
         write_json(os.path.join(s.out_dir, 'summary.json'), dict(
             steps=p.step, tokens=p.step * effective_batch(s) * s.block_size,
             val_loss=p.val_loss, val_ppl=perplexity_of(p.val_loss),
             best_val_loss=p.best_val_loss, **run.saved_sparsity,
-            tokens_per_second=run.speed.get('tokens_per_second'), mfu=run.speed.get('mfu'),
-            peak_memory_bytes=memory['allocated'], peak_reserved_bytes=memory['reserved'],
+            tokens_per_second=run.speed.get('tokens_per_second'),
+            milliseconds=run.speed.get('milliseconds'), mfu=run.speed.get('mfu'),
+            **memory_figures(peaks),
             compiled_graphs=run.graphs[0], graph_breaks=run.graphs[1],
             rung=p.rung, rung_label=rung_label(run), effective_batch=effective_batch(s),
             parameters=run.model.parameter_count(), dataset=run.data.name,
@@ -527,6 +532,9 @@ def read_settings(argv):
     if not problems:
         problems, bytes_needed = problems_when_built(s, data)
     problems += preflight.check_out_dir(s, bytes_needed)
+    if problems and not argv:
+        problems.append('no arguments mean GPT-2 124M on FineWeb-Edu; `make quickstart` needs no '
+                        'download, config/ has presets, python train.py --help lists the settings')
     if problems:
         raise Refused(problems)
     return s, machine, data
@@ -575,7 +583,8 @@ def build(s, machine, data, saved):
     run = Run(s, active, machine, data, model, flats, optimizer, pruner, progress, bad_step,
               mark_step=progress.step, start_step=progress.step)
     ranks.check_same_run(run)  # before anything is written
-    run.log = RunLog(s.out_dir, s.tracker, asdict(s), keep_until, write=machine.rank == 0)
+    write = machine.rank == 0 and not s.dry_run
+    run.log = RunLog(s.out_dir, s.tracker, asdict(s), keep_until, write)
     for note in saved['notes'] if saved else []:
         run.log.say(f'note: {note}')
     if pruner:
@@ -591,6 +600,7 @@ def main(argv):
         print(help_text(Settings, __doc__))
         return 0
     s, machine, data = read_settings(argv)
+    presets = [word for word in arguments(Settings, argv) if not word.startswith('--')]
     with preflight.out_dir_locked(s, machine):
         try:
             run = prepare_run(s, machine, data)
@@ -598,8 +608,8 @@ def main(argv):
             if machine.rank == 0:
                 print(stop)
             return stop.code
-        preflight.announce(run)
-        return finish(run)
+        preflight.announce(run, presets, parse(Settings, presets)[0])
+        return 0 if s.dry_run else finish(run)
 
 
 def finish(run):

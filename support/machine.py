@@ -89,10 +89,13 @@ def find_device(asked, local_rank):
 
 
 def peak_memory(device):
-    """{'allocated', 'reserved'}: highest bytes of the GPU's allocator, or this process in RAM."""
+    """{'allocated', 'reserved'}: highest bytes of the GPU's allocator since the last call, or of
+    this process in RAM."""
     if device.type == 'cuda':
-        return dict(allocated=torch.cuda.max_memory_allocated(device),
+        peak = dict(allocated=torch.cuda.max_memory_allocated(device),
                     reserved=torch.cuda.max_memory_reserved(device))
+        torch.cuda.reset_peak_memory_stats(device)
+        return peak
     try:
         import resource
     except ImportError:  # Windows has none
@@ -100,3 +103,14 @@ def peak_memory(device):
     kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     resident = kibibytes * (1 if sys.platform == 'darwin' else 1024)  # macOS counts bytes
     return dict(allocated=resident, reserved=resident)
+
+
+def memory_figures(peaks):
+    """What a summary says of the peak_memory() of each log line: the first is that of compiling,
+    the others are training's."""
+    figures = {'compile_peak_bytes': peaks[0]['allocated']}
+    for kind, name in (('allocated', 'memory'), ('reserved', 'reserved')):
+        later = [peak[kind] for peak in peaks[1:] or peaks]
+        figures[f'peak_{name}_bytes'] = max(peak[kind] for peak in peaks)
+        figures[f'mean_{name}_bytes'] = sum(later) // len(later)
+    return figures

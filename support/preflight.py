@@ -15,7 +15,7 @@ from support.settings import Refused, changed
 from support.shards import data_folder, open_data
 
 # A resumed run may change these; everything else is what makes it the same run.
-FREE_ON_RESUME = set('''out_dir init_from device compile tracker data_dir batch_size
+FREE_ON_RESUME = set('''out_dir init_from dry_run device compile tracker data_dir batch_size
     gradient_accumulation_steps loss_chunk_tokens activation_budget lr_decay_iters max_iters
     eval_interval eval_tokens log_interval save_interval deterministic'''.split())
 CHECKPOINTS = ('last.pt', 'previous.pt')  # that a run continues from, the newest first
@@ -101,7 +101,7 @@ def check_out_dir(s, bytes_needed):
 
 def out_dir_locked(s, machine):
     """A context in which no other run works in out_dir; the first rank answers for all."""
-    if machine.rank > 0:
+    if machine.rank > 0 or s.dry_run:
         return contextlib.nullcontext()
     return locked(s.out_dir, f"out_dir='{s.out_dir}': another process trains there; wait for it, "
                              'or choose another --out_dir')
@@ -177,8 +177,9 @@ def fixed_on_resume(settings):
 # --- the table ------------------------------------------------------------------------------------
 
 
-def announce(run):
-    """Say the preflight table and write config.json."""
+def announce(run, presets=(), preset=None):
+    """Say the preflight table, with what differs from the `preset` of these files, and write
+    config.json."""
     s, m = run.settings, run.machine
     lines = ['preflight']
     for name, text in rows_of(run).items():
@@ -187,7 +188,12 @@ def announce(run):
         lines.append(f'  note: {key}={getattr(s, key)!r} has no effect: it acts only with {needs}')
     if s.prune_score == 'bitter10':
         lines.append('  note: bitter10 keeps three more float32 numbers a prunable weight')
-    run.log.say('\n'.join(lines))
+    if presets:
+        for key, value in vars(s).items():
+            if value != vars(preset)[key]:
+                lines.append(f'  note: {key}={value!r}, {presets[-1]} has {vars(preset)[key]!r}')
+    say = print if s.dry_run and m.rank == 0 else run.log.say
+    say('\n'.join(lines))
     if run.log.write:
         write_json(os.path.join(s.out_dir, 'config.json'), dict(
             settings=asdict(s), model=asdict(run.model.config), fingerprint=run.data.fingerprint,

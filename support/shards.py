@@ -147,7 +147,8 @@ class Data:
 
     def describe(self):
         """What a checkpoint says of it."""
-        return dict(name=self.name, tokenizer=self.tokenizer, vocab_size=self.vocab_size)
+        return dict(name=self.name, tokenizer=self.tokenizer, vocab_size=self.vocab_size,
+                    train_tokens=self.train.tokens)
 
     def check_unchanged(self):
         """Refused if a file has another size or time than when it was opened."""

@@ -4,7 +4,7 @@ import sys
 import pytest
 import torch
 
-from support.machine import find_machine, peak_memory
+from support.machine import find_machine, memory_figures, peak_memory
 
 
 @pytest.fixture
@@ -136,3 +136,10 @@ def test_peak_memory_of_a_cpu_is_that_of_the_process():
 def test_peak_memory_is_unknown_where_python_cannot_say(monkeypatch):
     monkeypatch.setitem(sys.modules, 'resource', None)  # as on Windows
     assert peak_memory(torch.device('cpu')) == dict(allocated=0, reserved=0)
+
+
+def test_memory_figures_keep_the_compiling_apart():
+    peaks = [dict(allocated=a, reserved=r) for a, r in ((9, 12), (4, 6), (6, 8))]
+    assert memory_figures(peaks) == dict(compile_peak_bytes=9, peak_memory_bytes=9,
+                                         mean_memory_bytes=5, peak_reserved_bytes=12,
+                                         mean_reserved_bytes=7)

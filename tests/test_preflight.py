@@ -116,8 +116,8 @@ def test_second_run_in_one_out_dir_is_refused_and_touches_nothing(tiny, tmp_path
     def contents():
         return {f.name: (f.read_bytes(), f.stat().st_mtime_ns) for f in ours.iterdir()}
 
-    def announce_and_start_another(run):
-        announce(run)
+    def announce_and_start_another(run, *presets):
+        announce(run, *presets)
         before = contents()
         assert before.keys() == {'metrics.jsonl', 'train.log', 'config.json'}
         for init_from in ('scratch', 'auto'):
@@ -303,10 +303,25 @@ def test_announcement_is_printed_logged_and_kept(tiny, tmp_path, capsys):
         commit edited python torch cuda hip host'''.split())
     assert config['settings']['prune_score'] == 'bitter7'
     assert config['model']['n_embd'] == 32
-    assert config['data'] == dict(name='tiny', tokenizer='bytes', vocab_size=257)
+    assert config['data']['name'] == 'tiny' and config['data']['train_tokens'] > 60_000
     assert (config['dtype'], config['processes']) == ('float32', 1)
 
 
 def test_sizes_beyond_all_bounds_are_one_line(tiny):
     [problem] = refusal(train.main, tiny(n_embd=10**9, n_head=1))
     assert problem.startswith('n_embd=1000000000: ')
+
+
+def test_a_dry_run_prints_the_table_and_what_differs_from_the_preset(tiny, tmp_path, capsys):
+    preset = tmp_path / 'preset.py'
+    preset.write_text('max_iters = 7\nseed = 3\n')
+    assert train.main([str(preset), *tiny(max_iters=9, dry_run=True)]) == 0
+    printed = capsys.readouterr().out
+    assert 'effective batch' in printed
+    assert f'note: max_iters=9, {preset} has 7' in printed and 'seed=3,' not in printed
+    assert not (tmp_path / 'run').exists()
+
+
+def test_no_arguments_at_all_name_the_quickstart(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert 'make quickstart' in refusal(train.main, [])[-1]
