@@ -41,9 +41,9 @@ def damaged_run(case, damage):
     path = case.folder / name
     damage(case.draw, path)
     ended = case.run(init_from='auto')
-    judge.end(ended, (0, 2), path)
-    if ended.code == 2:
-        if name != 'last.pt' or path.is_file() and not path.is_symlink():  # there is previous.pt
+    judge.end(ended, (0, 1, 2), path)
+    if ended.code:
+        if path.is_file() and not path.is_symlink():  # in each case the rest is enough to go on
             raise judge.Lost(f'damage of {name} ends the run: {ended.err[-300:]}')
         case.put_back(path)
         judge.recover(case, HALF)

@@ -1,42 +1,53 @@
 """Fuzzed settings, checkpoints and metrics: whole files and command lines of odd content."""
+import dataclasses
 import os
 import signal
+from typing import get_args
 
 import torch
 
 from . import judge, sabotage
-from .cases import COMMON, HALF
+from .cases import HALF
+from .runner import train
 
 # --- settings -------------------------------------------------------------------------------------
 
-NAMES = [*sorted(set(COMMON) - {'compile'}), *'''seed dtype grad_clip weight_decay beta1 beta2
-    attention latent_dim n_kv_head positions ra_alpha ra_window spam_interval loss_chunk_tokens
-    prune_interval prune_start target_sparsity prune_lr_power prune_regrow activation_budget fp8
-    bias init_from lr_schedule deterministic out_dir data_dir dropout'''.split()]
-VALUES = [*'''0 -1 1 2 3 5 16 1e3 1e-3 2.5 -0.0 1e308 -inf nan 1000000000000 9223372036854775807
-    9223372036854775808 -9223372036854775809 2147483648 True None 0x10 １２ 1_0 ' /dev/null
-    /dev/null/x /proc/nowhere . über [1] {} %s%n'''.split(), '', ' ', 'x\ny', '\udcff', '\x1b[31m',
-          '1' + '0' * 400, 'a' * 5000]
+KINDS_OF = {field.name: field.type for field in dataclasses.fields(train.Settings)
+            if field.name not in ('compile', 'tracker')}  # a compiler is not at every hand
+SUITABLE = {
+    bool: ('True', 'False'),
+    int: '-1 0 1 2 3 4 5 8 16 33 100 1000 1000000000000 4611686018427387904'.split(),
+    float: '-1 0 1e-30 0.001 0.1 0.5 0.999 1 2 10 1e6 1e30 1e300'.split(),
+    str: ('/dev/null', '/dev/null/x', '/proc/nowhere', '.', 'über', 'a' * 5000, 'x\ny', '~', ' x'),
+}
+STRANGE = [*SUITABLE[str], *'''True 2.5 -0.0 1e308 -inf nan 9223372036854775807 None 0x10 １２ 1_0 '
+    9223372036854775808 -9223372036854775809 [1] {} %s%n cuda cuda:7 hf:.'''.split(), '', ' ', '=',
+           '\udcff', '\x1b[31m', '1' + '0' * 400]
 OBJECTS = ('None', '[1, 2]', '{}', "b'x'", '10**400', '10**5000', "float('nan')", "'a\\0b'", '1j',
            '{1}', 'range(3)', "'\\ud800'", '-1', '0.5', '10**30', "float('inf')", '...', 'object()')
 LINES = ('import sys; sys.exit()', '1/0', 'x = (', 'raise KeyboardInterrupt', '\x00', 'quit(0)',
-         'def f(): f()\nf()', '[' * 200, 'raise SystemExit("x")', 'import nothing_there')
+         '[' * 200, 'raise SystemExit("x")',
+         'import nothing_there', 'f = lambda: f()\nf()', 'raise MemoryError')
 
 
 def odd_argument(draw):
     """Like --key=value, or not quite."""
-    key = draw.choice(NAMES)
-    if draw.random() < 0.05:
+    key = draw.choice(sorted(KINDS_OF))
+    kind = KINDS_OF[key]
+    if draw.random() < 0.03:
         return draw.choice((f'-{key}=1', f'--{key}', key, 'nowhere.py', '.', '', '--', '-h', '='))
-    if draw.random() < 0.05:
+    values = [value for value in get_args(kind) if 'PATH' not in value] or (
+        SUITABLE.get(kind, SUITABLE[str]))
+    value = draw.choice(STRANGE if draw.random() < 0.1 else values)
+    if draw.random() < 0.03:
         key = draw.choice((key.upper(), key[:-1], key.replace('_', '-'), '', '=', '\udcff'))
-    return f'--{key}={draw.choice(VALUES)}'
+    return f'--{key}={value}'
 
 
 def settings(case):
     """One to three odd settings, on the command line or in a config file."""
-    if case.draw.random() < 0.3:
-        lines = [f'{case.draw.choice(NAMES)} = {case.draw.choice(OBJECTS)}']
+    if case.draw.random() < 0.2:
+        lines = [f'{case.draw.choice(sorted(KINDS_OF))} = {case.draw.choice(OBJECTS)}']
         if case.draw.random() < 0.4:
             lines.append(case.draw.choice(LINES))
         (case.place / 'odd.py').write_text('\n'.join(lines) + '\n')
@@ -44,10 +55,12 @@ def settings(case):
     else:
         odd = [odd_argument(case.draw) for _ in range(case.draw.randint(1, 3))]
     command = case.start([*case.argv(), *odd], sabotage.little_memory)
-    if not command.finished(5):  # a long run, perhaps: it must be one that can be stopped
+    if not command.finished(4):  # a long run, perhaps: it must be one that can be stopped
         command.send(signal.SIGTERM)
+        if not command.finished(20):
+            command.send(signal.SIGTERM)  # a step may take that long: the second acts at once
     ended = command.wait()
-    judge.end(ended, (0, 1, 2, 3, 143))
+    judge.end(ended, (0, 1, 2, 3, 143, -15))
     if ended.code == 143 or 'finished: validation loss' in ended.out:
         folders = {path.parent for path in case.place.rglob('last.pt')}
         if not folders:
@@ -117,7 +130,7 @@ def checkpoints(case):
     else:
         ended = case.run(init_from='auto', sabotage=sabotage.little_memory)
     try:
-        judge.end(ended, (0, 2), case.folder)
+        judge.end(ended, (0, 2, 3), case.folder)
         if (case.place / 'owned').exists():
             raise judge.Wrong('code in a checkpoint was run')
         if ended.code == 0 and path.name == 'last.pt':

@@ -77,8 +77,9 @@ def records(folder):
             step = record['step']
         except (ValueError, TypeError, KeyError, RecursionError):
             continue
-        regular = 'loss' not in record or step in (1, STEPS) or step % LOG_INTERVAL == 0
-        if type(step) is int and regular:
+        if type(step) is not int:
+            continue
+        if 'loss' not in record or step in (1, STEPS) or step % LOG_INTERVAL == 0:
             found.append({k: v for k, v in record.items() if k not in TIMINGS})
     return found
 

@@ -9,7 +9,7 @@ import sys
 
 from . import judge, sabotage
 from .cases import HALF
-from .runner import HOME, LIMIT
+from .runner import HOME, LIMIT, Ended
 
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -197,8 +197,11 @@ def ranks_differ(case):
     if change == 'weight':
         other = []
         spoil = functools.partial(sabotage.bad_weight, case.draw.randint(1, 4), 0.123, case.draw)
-    for command in case.start_ranks((None, spoil), ((), other), init_from='auto'):
-        judge.end(command.wait(), (1, 2, 3), 'rank')
+    ends = [command.wait() for command in
+            case.start_ranks((None, spoil), ((), other), init_from='auto')]
+    for ended in ends:  # one speaks for both
+        judge.end(Ended(ended.code, *(a + b for a, b in zip(ends[0][1:], ends[1][1:]))),
+                  (1, 2, 3), 'rank')
     judge.recover(case, HALF)
 
 

@@ -6,7 +6,7 @@ import signal
 import sys
 import time
 import traceback
-from dataclasses import dataclass
+from typing import NamedTuple
 
 HOME = pathlib.Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(HOME))
@@ -33,8 +33,7 @@ def entry(module):
 ENTRIES = {name: entry(module) for name, module in COMMANDS.items()}
 
 
-@dataclass
-class Ended:
+class Ended(NamedTuple):
     code: int | None  # of the exit; -9: killed by signal 9; None: it hung
     out: str
     err: str
@@ -62,6 +61,8 @@ class Command:
                 if stdout is not None:
                     os.dup2(stdout, 1)
                 os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+                sys.stdout = open(1, 'w', closefd=False)  # what it was is not a file like these
+                sys.stderr = open(2, 'w', 1, errors='backslashreplace', closefd=False)
                 os.environ.update(environment)
                 sys.argv = [f'{name}.py', *map(str, argv)]
                 if sabotage:

@@ -92,26 +92,27 @@ def forward_does(number, training, change):
     def changed(self, idx, targets=None):
         nonlocal calls
         loss = forward(self, idx, targets)
-        calls += self.training == training
-        return change(loss) if self.training == training and calls == number else loss
+        mine = self.training == training and not idx.is_meta  # memory is counted on meta
+        calls += mine
+        return change(loss) if mine and calls == number else loss
 
     train.GPT.forward = changed
 
 
 def bad_weight(number, bad, draw):
-    """After the number-th update a weight is bad."""
-    refresh = train.optim.refresh_working
-    calls = 0
+    """In the number-th update, after its gradients were made, a weight becomes bad."""
+    gradient_norm = train.optim.gradient_norm
+    updates = 0
 
     def changed(flats):
-        nonlocal calls
-        calls += 1
-        if calls == number:
+        nonlocal updates
+        updates += 1
+        if updates == number:
             name = draw.choice(sorted(flats[0].parameters))
             flats[0].parameters[name].data.view(-1)[0] = bad
-        refresh(flats)
+        return gradient_norm(flats)
 
-    train.optim.refresh_working = changed
+    train.optim.gradient_norm = changed
 
 
 def signal_in_step(number, name=signal.SIGTERM):
