@@ -10,7 +10,10 @@ STEPS = 24  # updates of a run that faults strike
 LOG_INTERVAL = 2
 FILES = {'config.json', 'train.log', 'metrics.jsonl', 'last.pt', 'previous.pt', 'best.pt',
          'last.pt.damaged', 'summary.json'}
-TIMINGS = {'tokens_per_second', 'mfu', 'peak_memory_bytes', 'peak_reserved_bytes', 'seconds', 'crc'}
+# What of metrics.jsonl and summary.json depends neither on the machine nor on the sessions.
+EXACT = set('''step steps tokens loss grad_norm lr val_loss val_ppl best_val_loss sparsity
+    sparsity_all sparsity_by_layer spikes clipped resets effective_batch parameters dataset
+    fingerprint exit_reason'''.split())
 
 
 class Lost(Exception):
@@ -69,7 +72,7 @@ def saved_step(folder):
 
 
 def records(folder):
-    """The good lines of metrics.jsonl, but for what depends on the machine or the sessions."""
+    """The good lines of metrics.jsonl, without those of steps that only a restart logs."""
     found = []
     for line in (folder / 'metrics.jsonl').read_bytes().split(b'\n'):
         try:
@@ -80,7 +83,7 @@ def records(folder):
         if type(step) is not int:
             continue
         if 'loss' not in record or step in (1, STEPS) or step % LOG_INTERVAL == 0:
-            found.append({k: v for k, v in record.items() if k not in TIMINGS})
+            found.append({k: v for k, v in record.items() if k in EXACT})
     return found
 
 
@@ -89,12 +92,12 @@ def result(folder):
     last, best = (read_checkpoint(folder / name) for name in ('last.pt', 'best.pt'))
     summary = json.loads((folder / 'summary.json').read_text())
     parts = {key: last[key] for key in ('weights', 'optimizer', 'pruner', 'step', 'fingerprint')}
-    progress = {k: v for k, v in last['progress'].items() if k not in TIMINGS}
+    progress = {k: v for k, v in last['progress'].items() if k != 'seconds'}
     return dict(
         last={**parts, 'progress': progress},
         best=best and best['weights'],
         records=records(folder),
-        summary={k: v for k, v in summary.items() if k not in TIMINGS})
+        summary={k: v for k, v in summary.items() if k in EXACT})
 
 
 def difference(a, b, path=''):
