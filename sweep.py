@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import report
 from support.files import read_json, write_atomically, write_json
-from support.rundir import read_metrics
+from support.rundir import exit_reason, read_metrics
 from support.settings import Path, Refused, arguments, help_text, parse, run_command
 
 HOME = os.path.dirname(os.path.abspath(__file__))
@@ -46,8 +46,7 @@ def read_experiment(path):
 
 def is_finished(folder, settings):
     """Whether `folder` has the end, good or bad, of a run of these settings, not of others."""
-    summary = read_json(os.path.join(folder, 'summary.json'), ['exit_reason'])
-    if not summary or summary['exit_reason'] not in ('finished', 'diverged', 'nan'):
+    if exit_reason(folder) not in ('finished', 'diverged', 'nan'):
         return False
     made_with = read_json(os.path.join(folder, 'config.json'))['settings']
     return all(made_with.get(key) == value for key, value in settings.items())

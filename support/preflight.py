@@ -9,8 +9,8 @@ import torch
 from kernels import float8
 from model import attention_backend
 from support.checks import without_effect
-from support.files import locked, read_json, write_json
-from support.rundir import load_checkpoint, provenance, size
+from support.files import locked, write_json
+from support.rundir import exit_reason, load_checkpoint, provenance, size
 from support.settings import Refused, changed
 from support.shards import data_folder, open_data
 
@@ -109,9 +109,7 @@ def out_dir_locked(s, machine):
 
 def is_finished(s, saved):
     """True if out_dir already holds this run with all its updates done, and `saved` is its end."""
-    summary = read_json(os.path.join(s.out_dir, 'summary.json'), ['exit_reason'])
-    finished = bool(summary) and summary['exit_reason'] == 'finished'
-    return finished and saved['step'] >= s.max_iters
+    return exit_reason(s.out_dir) == 'finished' and saved['step'] >= s.max_iters
 
 
 def newest_checkpoint(path, previous):

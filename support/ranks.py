@@ -10,8 +10,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from support.files import read_json
 from support.guards import Stop
+from support.rundir import exit_reason
 from support.settings import Refused
 
 PATIENCE = timedelta(minutes=5)  # that ranks have with each other ...
@@ -44,11 +44,11 @@ def check_restart(out_dir):
     if os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') == '0':
         return
     path, config = (os.path.join(out_dir, name) for name in ('summary.json', 'config.json'))
-    summary = read_json(path, ['exit_reason'])
-    if not summary or summary['exit_reason'] not in FINAL:
+    reason = exit_reason(out_dir)
+    if reason not in FINAL:
         return
     if os.path.getmtime(path) > os.path.getmtime(config):  # else it is of an earlier session
-        raise Refused(f"out_dir='{out_dir}': the run ended as {summary['exit_reason']!r}, which "
+        raise Refused(f"out_dir='{out_dir}': the run ended as {reason!r}, which "
                       'another start does not change; its train.log says what does')
 
 

@@ -20,7 +20,7 @@ import zlib
 import numpy as np
 import torch
 
-from support.files import finite_or_none, write_atomically
+from support.files import finite_or_none, read_json, write_atomically
 from support.settings import Refused, drop_output, regular
 
 # --- checkpoints ----------------------------------------------------------------------------------
@@ -32,6 +32,7 @@ def save_checkpoint(path, content, keep=None):
     keep: name beside `path` under which the checkpoint that it replaces stays.
     """
     stays = '; the previous checkpoint stays' if os.path.isfile(path) else ''
+    content = {**content, 'outline': outline(content)}
     try:
         write_atomically(path, lambda f: torch.save(content, f), keep)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
@@ -51,6 +52,10 @@ def load_checkpoint(path):
                 raise ValueError(f'{damaged} in it does not match its checksum')
         content = torch.load(path, map_location='cpu', weights_only=True)
         written_as = content.get('format')
+        told = content.pop('outline', None)  # earlier versions have none
+        if told is not None and told != outline(content):
+            raise ValueError("it was changed since it was written; if on purpose, delete 'outline' "
+                             'in it')
         check_content(content, NEEDS if written_as == FORMAT else {})
     except Exception as error:  # torch raises a dozen types for a damaged file
         reason = f'{type(error).__name__}: {error}'.splitlines()[0][:120]
@@ -60,6 +65,18 @@ def load_checkpoint(path):
         raise Refused(f'checkpoint {path} is of another format ({written_as!r}, this version reads '
                       f'{FORMAT!r}); use the version that wrote it')
     return content
+
+
+def outline(content):
+    """Checksum of the names, types, shapes and plain values; the zip has those of tensors."""
+    def lines(each):
+        if isinstance(each, dict):
+            return [(key, lines(value)) for key, value in each.items()]
+        if isinstance(each, (list, tuple)):
+            return [type(each).__name__, *map(lines, each)]
+        return (each.dtype, tuple(each.shape)) if torch.is_tensor(each) else each
+
+    return zlib.crc32(repr(lines(content)).encode())
 
 
 def check_content(content, needs):
@@ -278,6 +295,15 @@ def record_of(line):
 def read_metrics(path):
     """The records of a metrics.jsonl, without damaged lines."""
     return [record for _, record in metrics_lines(path) if record is not None]
+
+
+def exit_reason(out_dir):
+    """How the run in it ended, by its summary.json; '' if there is none that can be read."""
+    try:
+        summary = read_json(os.path.join(out_dir, 'summary.json'), ['exit_reason'])
+    except Refused:
+        return ''
+    return summary['exit_reason'] if summary else ''
 
 
 def provenance():

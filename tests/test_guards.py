@@ -161,6 +161,16 @@ def test_new_masks_set_the_yardstick_anew_unless_the_run_is_diverging():
 # --- signals --------------------------------------------------------------------------------------
 
 
+@pytest.fixture(autouse=True)
+def signals_as_in_a_terminal():
+    """Under nohup, or in the background of a script, some are ignored."""
+    usual = {signal.SIGHUP: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 def test_first_signal_is_noted_and_the_second_acts_at_once():
     run = SimpleNamespace(stop_signal=0)
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)

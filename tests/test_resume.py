@@ -287,6 +287,12 @@ def test_resume_from_weights_only_or_from_a_damaged_checkpoint(tiny, half):
     assert train.main(tiny(init_from='resume', lr_decay_iters=8)) == 0
 
 
+def test_a_damaged_summary_is_written_anew(tiny, half):
+    (half / 'summary.json').write_text('{"exit')
+    assert train.main(tiny(init_from='auto', lr_decay_iters=8)) == 0
+    assert json.loads((half / 'summary.json').read_text())['exit_reason'] == 'finished'
+
+
 @pytest.mark.parametrize('damage', ['cut short', 'missing'])
 @pytest.mark.parametrize('init_from', ['auto', 'resume'])
 def test_resume_goes_on_from_the_checkpoint_before_a_damaged_one(

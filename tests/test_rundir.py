@@ -114,6 +114,24 @@ def test_checkpoint_without_what_is_needed_is_refused(tmp_path, key):
     assert damaged(path, path.read_bytes()) == f'ValueError: no {key!r} in it'
 
 
+@pytest.mark.parametrize('change', [
+    lambda saved: saved['weights'].update(other=saved['weights'].pop('a')),
+    lambda saved: saved['settings'].update(seed=2),
+    lambda saved: saved.update(step=str(saved['step'])),
+    lambda saved: saved['weights'].update(a=saved['weights']['a'].bfloat16())])
+def test_checkpoint_changed_by_hand_is_refused_until_its_outline_is_gone(tmp_path, change):
+    path = str(tmp_path / 'last.pt')
+    save_checkpoint(path, content())
+    saved = torch.load(path, weights_only=True)
+    change(saved)
+    torch.save(saved, path)
+    assert "delete 'outline' in it" in refusal(load_checkpoint, path)[0]
+    saved.pop('outline')
+    saved['step'] = int(saved['step'])
+    torch.save(saved, path)
+    assert load_checkpoint(path)['step'] == 4
+
+
 def test_fifo_or_folder_as_a_checkpoint_is_refused(tmp_path):
     os.mkfifo(tmp_path / 'last.pt')
     (tmp_path / 'best.pt').mkdir()

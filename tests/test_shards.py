@@ -212,7 +212,7 @@ def test_meta_and_fingerprint_guard_the_shards(tmp_path):
     meta.unlink()
     meta.mkdir()
     assert refusal(open_data, str(folder), 'small') == (
-        f'{meta} cannot be read (Is a directory); correct that')
+        f'{meta} cannot be read (not a regular file); correct that')
 
 
 def test_fingerprint_depends_on_tokens_only(tmp_path):
