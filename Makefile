@@ -1,5 +1,5 @@
-# make quickstart: prepare, train, report and sample on any CPU. make test: ruff and the test suite.
-# Both install into .venv.
+# make quickstart: prepare, train dense and half sparse, compare and sample, on any CPU. make test:
+# ruff and the test suite. Both install into .venv.
 PYTHON ?= python3
 RUN := .venv/bin/python
 
@@ -7,9 +7,11 @@ RUN := .venv/bin/python
 
 quickstart: .venv/installed
 	$(RUN) prepare.py stdlib
+	$(RUN) train.py config/quickstart.py --prune_score=none --out_dir=out/quickstart_dense
 	$(RUN) train.py config/quickstart.py
-	$(RUN) report.py out/quickstart
-	$(RUN) sample.py out/quickstart --prompt="The" --max_new_tokens=300
+	$(RUN) report.py out/quickstart_dense out/quickstart --plot=out/quickstart.png
+	$(RUN) sample.py out/quickstart_dense --prompt="The" --max_new_tokens=200
+	$(RUN) sample.py out/quickstart --prompt="The" --max_new_tokens=200
 
 test: .venv/installed-test
 	$(RUN) -m ruff check .
