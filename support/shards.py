@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from support.files import read_json
-from support.settings import Refused
+from support.settings import Refused, regular
 
 MAGIC = 20240520  # llm.c, dev/data/data_common.py
 VERSION = 1
@@ -32,7 +32,7 @@ def header(tokens):
 def read_numbers(path, kind, count, offset=0):
     """(count,) numbers of a file, fewer at its end. Refused if it cannot be read."""
     try:
-        return np.fromfile(path, kind, count, offset=offset)
+        return np.fromfile(regular(path), kind, count, offset=offset)  # a FIFO is not waited for
     except OSError as error:
         raise Refused(f'{path}: cannot be read ({error.strerror}); copy or prepare it '
                       'again') from None

@@ -100,19 +100,19 @@ def forward_does(number, training, change):
 
 
 def bad_weight(number, bad, draw):
-    """In the number-th update, after its gradients were made, a weight becomes bad."""
-    gradient_norm = train.optim.gradient_norm
+    """After the number-th update a weight is bad."""
+    refresh = train.optim.refresh_working
     updates = 0
 
     def changed(flats):
         nonlocal updates
-        updates += 1
-        if updates == number:
+        updates += len(flats) > 1  # of an update; when they are made, they come one by one
+        if len(flats) > 1 and updates == number:
             name = draw.choice(sorted(flats[0].parameters))
             flats[0].parameters[name].data.view(-1)[0] = bad
-        return gradient_norm(flats)
+        refresh(flats)
 
-    train.optim.gradient_norm = changed
+    train.optim.refresh_working = changed
 
 
 def signal_in_step(number, name=signal.SIGTERM):
