@@ -38,14 +38,6 @@ def read_numbers(path, kind, count, offset=0):
                       'again') from None
 
 
-def refuse_wide_tokens(path):
-    """Every second uint16 of tokens that have 32 or 64 bits is 0, or close to it."""
-    start = read_numbers(path, '<u2', 4096)
-    if len(start) >= 64 and 16 * int(start[1::2].max()) < start[::2].max():
-        raise Refused(f'{path}: tokens of more than 16 bits, which are not of GPT-2; prepare the '
-                      'text itself: python prepare.py text --input=FILES --name=NAME')
-
-
 def shard_layout(path):
     """(offset of the first token in bytes, number of tokens) of a shard, with a header or without.
 
@@ -59,7 +51,11 @@ def shard_layout(path):
     # The magic's first two bytes would be token 56280, which GPT-2 does not have: the two formats
     # cannot be confused. Where the magic is damaged, the zeros tell.
     if os.path.basename(path) in ('train.bin', 'val.bin') and magic != MAGIC and not zeros:
-        refuse_wide_tokens(path)
+        # In tokens of 32 or 64 bits every second uint16 is 0, or close to it.
+        halves = head.view('<u2')
+        if len(halves) >= 64 and 16 * int(halves[1::2].max()) < halves[::2].max():
+            raise Refused(f'{path}: tokens of more than 16 bits, which are not of GPT-2; prepare '
+                          'the text itself: python prepare.py text --input=FILES --name=NAME')
         offset = 0
         tokens = size // 2
     elif (magic, version) != (MAGIC, VERSION):
@@ -72,6 +68,14 @@ def shard_layout(path):
     return offset, tokens
 
 
+def stamp(path):
+    """Size and time of change of a file, None if it is gone."""
+    if not os.path.exists(path):
+        return None
+    told = os.stat(path)
+    return told.st_size, told.st_mtime_ns
+
+
 class TokenStream:
     """The shards of one split as one sequence of tokens.
 
@@ -80,10 +84,10 @@ class TokenStream:
 
     def __init__(self, split, files, vocab_size):
         self.split = split
-        self.files = [str(f) for f in files]
+        self.files = files
         self.vocab_size = vocab_size
-        layouts = [shard_layout(f) for f in self.files]
-        self.opened = {f: os.stat(f) for f in self.files}
+        layouts = [shard_layout(f) for f in files]
+        self.opened = {f: stamp(f) for f in files}
         self.offsets = [offset for offset, _ in layouts]
         # (shards + 1,): position of each shard's first token, then the end
         self.firsts = np.cumsum([0] + [tokens for _, tokens in layouts])
@@ -119,16 +123,13 @@ class TokenStream:
             raise ValueError(f'{self.split}: tokens {starts.min()} to {starts.max() + length - 1} '
                              f'asked for, {self.tokens} there')
         out = np.empty((len(starts), length), np.int64)
-        shards = np.searchsorted(self.firsts, starts, side='right') - 1  # that hold the starts
-        for row, start, index in zip(out, starts, shards):
-            done = 0
-            while done < length:
-                position = start + done
-                count = min(length - done, self.firsts[index + 1] - position)
-                piece = self.read_shard(index, position - self.firsts[index], count)
-                row[done:done + count] = piece
-                done += count
-                index += 1
+        for row, position in zip(out, starts):
+            while len(row):
+                index = np.searchsorted(self.firsts, position, side='right') - 1
+                count = min(len(row), self.firsts[index + 1] - position)
+                row[:count] = self.read_shard(index, position - self.firsts[index], count)
+                row = row[count:]
+                position += count
         return out
 
 
@@ -152,17 +153,10 @@ class Data:
 
     def check_unchanged(self):
         """Refused if a file has another size or time than when it was opened."""
-        for path, before in [*self.train.opened.items(), *self.val.opened.items()]:
-            change = ''
-            now = os.stat(path) if os.path.exists(path) else None
-            if not now:
-                change = 'deleted'
-            elif now.st_size < before.st_size:
-                change = 'truncated'
-            elif (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
-                change = 'overwritten'
-            if change:
-                raise Refused(f'{path}: {change} since it was opened; copy or prepare it again')
+        for path, before in {**self.train.opened, **self.val.opened}.items():
+            if stamp(path) != before:
+                raise Refused(f'{path}: deleted or overwritten since it was opened; copy or '
+                              'prepare it again')
 
 
 def fingerprint_of(train, val):
@@ -203,15 +197,10 @@ def open_splits(folder, tokenizer):
 def read_meta(folder):
     """meta.json as a dictionary, None where there is none, Refused where it is damaged."""
     path = os.path.join(folder, 'meta.json')
-    meta = read_json(path)
-    if meta is None:
-        return None
-    needed = {'name', 'tokenizer', 'documents', 'train_tokens', 'val_tokens'}
-    complete = isinstance(meta, dict) and needed <= meta.keys()
-    if not complete or meta['tokenizer'] not in VOCABULARY:
-        raise Refused(f"{path} is damaged: it must hold {', '.join(sorted(needed))}, the tokenizer "
-                      f"one of {', '.join(VOCABULARY)}; restore it, or delete the folder and "
-                      'prepare the data again')
+    meta = read_json(path, ['name', 'tokenizer', 'documents', 'train_tokens', 'val_tokens'])
+    if meta and meta['tokenizer'] not in [*VOCABULARY]:
+        raise Refused(f"{path} is damaged: its tokenizer is none of {', '.join(VOCABULARY)}; "
+                      'restore it, or delete the folder and prepare the data again')
     return meta
 
 
@@ -232,26 +221,27 @@ def open_data(data_dir, dataset):
     if not os.path.isdir(folder):
         raise Refused(f"dataset='{dataset}': folder {folder} does not exist; {fix}")
     meta = read_meta(folder)
-    if meta and 'fingerprint' not in meta:
-        raise Refused(f'{folder}: preparation has not finished; run the same command again, which '
-                      'continues')
     if not meta and os.path.exists(os.path.join(folder, 'meta.pkl')):
         raise Refused(f'{folder}/meta.pkl: these tokens are characters, not of GPT-2; prepare the '
                       f'text itself: python prepare.py text --input={folder}/input.txt '
                       '--tokenizer=bytes --name=NAME')
-    tokenizer = meta['tokenizer'] if meta else 'gpt2'
+    meta = meta or dict(name='unlabelled', tokenizer='gpt2', fingerprint=None)
+    if 'fingerprint' not in meta:
+        raise Refused(f'{folder}: preparation has not finished; run the same command again, which '
+                      'continues')
+    name = meta['name']
+    tokenizer = meta['tokenizer']
     train, val = open_splits(folder, tokenizer)
     for stream in (train, val):
         if stream.tokens == 0:
             raise Refused(f"{folder} holds no {stream.split} tokens ('{stream.split}' in the name, "
                           f'.bin at the end); {fix}')
-    name = meta['name'] if meta else 'unlabelled'
     if name != dataset:
-        told = '(meta.json)' if meta else 'shards (there is no meta.json)'
-        raise Refused(f"dataset='{dataset}' but {folder} holds '{name}' {told}; write "
-                      f'--dataset={name} to train on it, or give the --data_dir of {dataset}')
+        raise Refused(f"dataset='{dataset}' but {folder} holds '{name}' (by its meta.json, or for "
+                      f'lack of one); write --dataset={name} to train on it, or give the '
+                      f'--data_dir of {dataset}')
     fingerprint = fingerprint_of(train, val)
-    if meta and fingerprint != meta['fingerprint']:
+    if meta['fingerprint'] not in (None, fingerprint):
         raise Refused(f'{folder}: the shards have changed since they were prepared: fingerprint '
                       f"{fingerprint}, meta.json says {meta['fingerprint']}; copy the folder "
                       'again, or delete it and prepare the data again')
@@ -329,18 +319,17 @@ class Tokenizer:
         try:
             return self.encoding.encode(text, disallowed_special=())
         except ValueError:
-            pass
+            tokens = []
         try:
             # The regular expression runs out of stack on very long white space. GPT-2's splitter
             # cuts such a run out in any case, all but its last character, so that cutting there
             # first gives the same tokens. Python's \s has \x1c-\x1f besides Unicode's white space.
-            tokens = []
             for part in re.split(r'([^\S\x1c-\x1f]{1000,})(?=[^\S\x1c-\x1f])', text):
                 tokens += self.encoding.encode(part, disallowed_special=())
-            return tokens
         except ValueError as error:
             raise Refused(f'a text of {len(text)} characters cannot be tokenized ({error}); '
                           'shorten its white space') from None
+        return tokens
 
     def decode_bytes(self, tokens):
         """UTF-8; a character may be split between tokens."""

@@ -123,7 +123,7 @@ def test_files_that_change_under_a_run(tmp_path, change, name):
     if change == 'overwritten':
         path.write_bytes(raw[:-1] + b'\x01')
     assert refusal(data.check_unchanged) == (
-        f'{path}: {change} since it was opened; copy or prepare it again')
+        f'{path}: deleted or overwritten since it was opened; copy or prepare it again')
 
 
 def test_reading_what_is_gone_is_refused(tmp_path):
@@ -177,11 +177,10 @@ def test_missing_data_names_the_command(tmp_path, monkeypatch):
 def test_other_data_set_than_configured(tmp_path):
     folder = small_data(tmp_path)
     assert refusal(open_data, str(folder), 'fineweb_edu') == (
-        f"dataset='fineweb_edu' but {folder} holds 'small' (meta.json); write --dataset=small to "
-        'train on it, or give the --data_dir of fineweb_edu')
+        f"dataset='fineweb_edu' but {folder} holds 'small' (by its meta.json, or for lack of one); "
+        'write --dataset=small to train on it, or give the --data_dir of fineweb_edu')
     unlabelled_data(tmp_path)
-    told = "holds 'unlabelled' shards (there is no meta.json)"
-    assert told in refusal(open_data, str(tmp_path), 'small')
+    assert "holds 'unlabelled' (by " in refusal(open_data, str(tmp_path), 'small')
 
 
 def test_meta_and_fingerprint_guard_the_shards(tmp_path):
@@ -206,7 +205,8 @@ def test_meta_and_fingerprint_guard_the_shards(tmp_path):
     other_tokenizer = good.replace('"tokenizer": "bytes"', '"tokenizer": "words"')
     meta.write_text(good.replace('"fingerprint"', '"x"'))
     assert 'preparation has not finished' in refusal(open_data, str(folder), 'small')
-    for damaged in ('{', '[]', other_tokenizer, good.replace('"documents"', '"x"')):
+    no_tokenizer = good.replace('"tokenizer": "bytes"', '"tokenizer": []')
+    for damaged in ('{', '[]', other_tokenizer, no_tokenizer, good.replace('"documents"', '"x"')):
         meta.write_text(damaged)
         assert refusal(open_data, str(folder), 'small').startswith(f'{meta} is damaged')
     meta.unlink()
