@@ -64,54 +64,46 @@ def plain_loss(model, idx, targets):
     return F.cross_entropy(logits, targets.flatten())
 
 
-def micro_batches(s, machine, data):
-    """Yields tokens and their successors (B, T) in the order in which train.py reads them."""
-    for first in range(0, s.max_iters * train.effective_batch(s), s.batch_size):
-        positions = range(first, first + s.batch_size)
-        windows = window_order(positions, data.train.windows(s.block_size), s.seed)
-        yield train.inputs_and_targets(machine.device, data.train, windows, s.block_size)
-
-
 def train_plain(s, machine, data):
     """The records of its log steps, as of train.py's metrics.jsonl."""
     torch.manual_seed(s.seed)
     model = GPT(replace(model_config(s, data.vocab_size), fp8=False))
     model.load_state_dict(starting_weights(s, model))
-    model.to(machine.device)
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups = [dict(params=matrices, weight_decay=s.weight_decay),
-              dict(params=vectors, weight_decay=0.0)]
-    optimizer = torch.optim.AdamW(groups, betas=(s.beta1, s.beta2),
-                                  fused=machine.device.type == 'cuda')
+    parameters = list(model.to(machine.device).parameters())
+    groups = [dict(params=[p for p in parameters if p.dim() >= 2], weight_decay=s.weight_decay),
+              dict(params=[p for p in parameters if p.dim() < 2], weight_decay=0.0)]
+    optimizer = torch.optim.AdamW(groups, betas=(s.beta1, s.beta2), fused=True)
     step_loss = torch.compile(plain_loss, dynamic=False) if s.compile else plain_loss
     mixed = machine.dtype == torch.bfloat16
-    batches = micro_batches(s, machine, data)
+    windows = data.train.windows(s.block_size)
+    first = 0  # position of the next sequence in the order of the windows
     records = []
     mark = time.monotonic()
     mark_step = 0
     for step in range(1, s.max_iters + 1):
         total = torch.zeros((), device=machine.device)
-        for _ in range(s.gradient_accumulation_steps):
-            idx, targets = next(batches)
+        for _ in range(s.gradient_accumulation_steps):  # the batches of train.py
+            order = window_order(range(first, first + s.batch_size), windows, s.seed)
+            first += s.batch_size
+            idx, targets = train.inputs_and_targets(machine.device, data.train, order, s.block_size)
             with torch.autocast(machine.device.type, torch.bfloat16, enabled=mixed):
                 loss = step_loss(model, idx, targets) / s.gradient_accumulation_steps
             loss.backward()
             total += loss.detach()
         if s.grad_clip:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip)
+            torch.nn.utils.clip_grad_norm_(parameters, s.grad_clip)
         for group in optimizer.param_groups:
             group['lr'] = train.learning_rate(s, step - 1)
         optimizer.step()
         optimizer.zero_grad()
         if step % s.log_interval == 0 or step in (1, s.max_iters):
             loss = total.item()  # waits for the device, as a log line of train.py does
-            now = time.monotonic()
-            tokens = (step - mark_step) * train.effective_batch(s) * s.block_size
-            records.append(dict(step=step, loss=loss, tokens_per_second=tokens / (now - mark),
+            seconds = (time.monotonic() - mark) / (step - mark_step)  # a step
+            rate = train.effective_batch(s) * s.block_size / seconds
+            records.append(dict(step=step, loss=loss, tokens_per_second=rate,
                                 peak_memory_bytes=peak_memory(machine.device)['allocated']))
             print(f'plain step {step}/{s.max_iters}  loss {loss:.4f}', flush=True)
-            mark = now
+            mark = time.monotonic()
             mark_step = step
     return records
 
@@ -119,29 +111,14 @@ def train_plain(s, machine, data):
 # --- results --------------------------------------------------------------------------------------
 
 
-def figures(records):
-    """What the table says of one training. Its first step is warm-up."""
+def tell(name, records):
+    """Print and return what the records say of one training. Its first step is warm-up."""
     rates = [record['tokens_per_second'] for record in records]
-    late = [record['loss'] for record in records[len(records) // 2:]]
-    return dict(tokens_per_second=statistics.median(rates[1:] or rates),
-                peak_memory_bytes=records[-1]['peak_memory_bytes'],
-                late_loss=statistics.mean(late), records=records)
-
-
-def table(r):
-    """The results as text."""
-    lines = [f'{r["device"]}, torch {r["torch"]}',
-             f'{"":8s}{"tokens/s":>12s}{"MFU":>10s}{"peak memory":>14s}{"late loss":>12s}']
-    for name in ('ours', 'plain'):
-        if row := r.get(name):
-            rate = row['tokens_per_second']
-            mfu = f'{rate * r["flops_a_token"] / r["peak_flops"]:.1%}' if r['peak_flops'] else '-'
-            lines.append(f'{name:8s}{rate:12,.0f}{mfu:>10s}{size(row["peak_memory_bytes"]):>14s}'
-                         f'{row["late_loss"]:12.4f}')
-    lines.append('late loss: mean of those logged in the second half')
-    lines.append(f'MFU: tokens/s x {r["flops_a_token"]:,} FLOPs a token (GPT.flops_per_token) / '
-                 "the device's peak in bfloat16")
-    return '\n'.join(lines)
+    rate = statistics.median(rates[1:] or rates)
+    peak = max(record['peak_memory_bytes'] for record in records)
+    loss = statistics.mean(record['loss'] for record in records[len(records) // 2:])
+    print(f'{name:8s}{rate:12,.0f}{size(peak):>14s}{loss:12.4f}')
+    return dict(tokens_per_second=rate, peak_memory_bytes=peak, late_loss=loss, records=records)
 
 
 def profile_ours(told, trace, steps=3):
@@ -176,15 +153,14 @@ def main(argv):
         command = [sys.executable, train.__file__, *told, f'--out_dir={ours}']
         if code := subprocess.run(command).returncode:
             return code
-        with torch.device('meta'):
-            flops = GPT(model_config(s, data.vocab_size)).flops_per_token()
         records = read_metrics(os.path.join(ours, 'metrics.jsonl'))
-        result = dict(device=machine.name, torch=torch.__version__, settings=asdict(s),
-                      flops_a_token=flops, peak_flops=machine.peak_flops,
-                      ours=figures([record for record in records if 'loss' in record]))
+        trainings = {'ours': [record for record in records if 'loss' in record]}
         if b.plain:
-            result['plain'] = figures(train_plain(s, machine, data))
-        print(table(result))
+            trainings['plain'] = train_plain(s, machine, data)
+        result = dict(device=machine.name, torch=torch.__version__, settings=asdict(s))
+        print(f'{machine.name}, torch {torch.__version__}; late loss: mean of the second half')
+        print(f'{"":8s}{"tokens/s":>12s}{"peak memory":>14s}{"late loss":>12s}')
+        result.update({name: tell(name, records) for name, records in trainings.items()})
         if b.json:
             os.makedirs(os.path.dirname(os.path.abspath(b.json)), exist_ok=True)
             write_json(b.json, result)
