@@ -92,11 +92,6 @@ def read_files(files):
             yield from strings(reader_of(path)(path))
 
 
-def is_listed(path):
-    """Whether a path is a folder whose content follows it in a list of files."""
-    return path.is_dir() and not path.is_symlink() and os.access(path, os.R_OK | os.X_OK)
-
-
 def input_files(key, told, tell=False):
     """Files named by a comma-separated list of files and folders, each folder's sorted by path.
 
@@ -112,8 +107,9 @@ def input_files(key, told, tell=False):
             raise Refused(f"{key}={told!r}: {entry!r} is no file of {', '.join(READERS)} and no "
                           f'folder with one; name such, e.g. --{key}=books/,more.jsonl')
         files += usable
-        rest = set(inside) - set(usable)
-        others.update(f.suffix or f.name for f in rest if not is_listed(f))
+        # Linked, unreadable and empty folders are the parents of nothing, and named.
+        unread = set(inside) - set(usable) - {f.parent for f in inside}
+        others.update(f.suffix or f.name for f in unread)
     if tell and others:
         kinds = ', '.join(f'{count} {kind}' for kind, count in sorted(others.items()))
         print(f"{key}: not read: {kinds} (only {', '.join(READERS)})", file=sys.stderr)
@@ -123,21 +119,21 @@ def input_files(key, told, tell=False):
 def text_documents(settings):
     """Validation comes first, so that max_tokens leaves it whole."""
     files = input_files('input', settings.input, tell=True)
-    enough = math.ceil(min(2 / settings.val_fraction, 1e9))
+    chance = settings.val_fraction
+    enough = math.ceil(min(2 / chance, 1e9))
     if settings.val_input:
         for text in read_files(input_files('val_input', settings.val_input, tell=True)):
             yield text, 1.0
-        for text in read_files(files):
-            yield text, 0.0
+        chance = 0.0
     elif sum(1 for _ in itertools.islice(read_files(files), enough)) < enough:
         # By hash, a split might stay empty.
         for text in read_files(files):
             cut = int(len(text) * (1 - settings.val_fraction))
             yield text[cut:], 1.0
             yield text[:cut], 0.0
-    else:
-        for text in read_files(files):
-            yield text, settings.val_fraction
+        return
+    for text in read_files(files):
+        yield text, chance
 
 
 def sizes(files):

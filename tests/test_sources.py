@@ -57,24 +57,22 @@ def test_files_are_read_in_order(tmp_path):
     assert list(sources.read_files(files)) == ['first', 'second', 'b/1.txt', 'b/2.txt', 'a.txt']
 
 
-def test_what_is_not_read_is_named(tmp_path, monkeypatch, capsys):
-    for name in ('in/sub/A.TXT', 'in/b.txt', 'in/c.md', 'in/d.md', 'in/LICENSE', 'in/secret/e.txt',
-                 'elsewhere/f.txt'):
+def test_what_is_not_read_is_named(tmp_path, capsys):
+    for name in ('in/sub/A.TXT', 'in/b.txt', 'in/c.md', 'in/d.md', 'in/LICENSE', 'elsewhere/f.txt'):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name * 50)
     (tmp_path / 'in' / 'g.jsonl.gz').write_bytes(gzip.compress(b'{"text": "g"}'))
     (tmp_path / 'in' / 'link').symlink_to(tmp_path / 'elsewhere')
     (tmp_path / 'in' / 'loop').symlink_to(tmp_path / 'in')
     (tmp_path / 'in' / 'dangling.txt').symlink_to('nowhere')
-    real = os.access
-    monkeypatch.setattr(os, 'access', lambda path, mode: path.name != 'secret' and real(path, mode))
+    (tmp_path / 'in' / 'secret').mkdir(mode=0)  # root, who may look into it, finds nothing
     told = ('text', f'--input={tmp_path}/in', '--tokenizer=bytes', '--name=x')
     run(*told, f'--data_dir={tmp_path}/out')
     assert capsys.readouterr().err == ('input: not read: 1 .gz, 2 .md, 1 .txt, 1 LICENSE, 1 link, '
                                        '1 loop, 1 secret (only .txt, .jsonl, .parquet)\n')
     data = open_data(f'{tmp_path}/out', 'x')
     assert data.train.tokens + data.val.tokens == sum(
-        50 * len(name) + 2 for name in ('in/sub/A.TXT', 'in/b.txt', 'in/secret/e.txt'))
+        50 * len(name) + 2 for name in ('in/sub/A.TXT', 'in/b.txt'))
 
 
 def test_byte_order_marks_are_no_text(tmp_path):
