@@ -12,7 +12,6 @@ import itertools
 import os
 import pathlib
 import re
-import sys
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -236,7 +235,7 @@ def usage():
 
 
 def main(argv):
-    """Exit code: 0 done, 130 interrupted."""
+    """Prepare the data set that the arguments describe; returns the exit code."""
     argv = arguments(PrepareSettings, argv)
     source = argv[0] if argv else ''
     if '--help' in argv:
@@ -252,9 +251,6 @@ def main(argv):
     settings.data_dir = shards.data_folder(settings.data_dir, settings.name)
     try:
         prepare(source, settings)
-    except KeyboardInterrupt:
-        print('\ninterrupted; the same command continues', file=sys.stderr)
-        return 130
     except OSError as error:  # most likely a full disk, or no right to write there
         raise Refused(f'{settings.data_dir}: {error}; correct that and run the same command again, '
                       'which continues, or give another --data_dir') from None
