@@ -46,14 +46,6 @@ FIXED = {  # key of config.json: the one value that our model can be
     'scale_attn_by_inverse_layer_idx': False,
     'tie_word_embeddings': True,
 }
-BLOCK = {  # our module: (theirs, shape of its weight in widths)
-    'norm_1': ('ln_1', (1,)),
-    'attention.qkv': ('attn.c_attn', (3, 1)),
-    'attention.proj': ('attn.c_proj', (1, 1)),
-    'norm_2': ('ln_2', (1,)),
-    'mlp.fc': ('mlp.c_fc', (4, 1)),
-    'mlp.proj': ('mlp.c_proj', (1, 4)),
-}
 UNUSED = ('lm_head.weight', '.attn.bias', '.attn.masked_bias')  # tied; causal masks of 2019
 
 
@@ -64,12 +56,17 @@ def layout(config):
         'token_embedding.weight': ('wte.weight', (config.vocab_size, C)),
         'position_embedding.weight': ('wpe.weight', (config.block_size, C)),
     }
-    modules = {'norm': ('ln_f', (1,))}
+    modules = {'norm': ('ln_f', (C,))}
     for n in range(config.n_layer):
-        for ours, (theirs, widths) in BLOCK.items():
-            modules[f'blocks.{n}.{ours}'] = (f'h.{n}.{theirs}', widths)
-    for ours, (theirs, widths) in modules.items():
-        shape = tuple(width * C for width in widths)
+        modules |= {
+            f'blocks.{n}.norm_1': (f'h.{n}.ln_1', (C,)),
+            f'blocks.{n}.attention.qkv': (f'h.{n}.attn.c_attn', (3 * C, C)),
+            f'blocks.{n}.attention.proj': (f'h.{n}.attn.c_proj', (C, C)),
+            f'blocks.{n}.norm_2': (f'h.{n}.ln_2', (C,)),
+            f'blocks.{n}.mlp.fc': (f'h.{n}.mlp.c_fc', (4 * C, C)),
+            f'blocks.{n}.mlp.proj': (f'h.{n}.mlp.c_proj', (C, 4 * C)),
+        }
+    for ours, (theirs, shape) in modules.items():
         parameters[f'{ours}.weight'] = (f'{theirs}.weight', shape)
         parameters[f'{ours}.bias'] = (f'{theirs}.bias', shape[:1])
     return parameters
@@ -119,9 +116,8 @@ def read_gpt2(path):
         if not theirs.endswith(UNUSED):
             weights[names.get(theirs, theirs)] = turned(theirs, tensor).float()
     check_parameters(weights, config, f'{file} is another kind of model')
-    padding = config.padded_vocab_size - config.vocab_size
-    embedding = weights['token_embedding.weight']
-    weights['token_embedding.weight'] = F.pad(embedding, (0, 0, 0, padding))
+    padding = (0, 0, 0, config.padded_vocab_size - config.vocab_size)
+    weights['token_embedding.weight'] = F.pad(weights['token_embedding.weight'], padding)
     return weights, config
 
 
@@ -152,6 +148,9 @@ def read_config(path):
 
 # --- a run that starts from a GPT-2, or from another run ------------------------------------------
 
+STRUCTURE = ('n_layer', 'n_head', 'n_embd', 'bias', 'attention', 'positions', 'n_kv_head',
+             'ra_learned')  # settings that the weights decide
+
 
 def read_start(source):
     """({name: float32 tensor}, GPTConfig) of init_from=hf:PATH or run:PATH; None for others."""
@@ -167,13 +166,10 @@ def read_start(source):
 def starting_weights(settings, model):
     """{name: float32 tensor} that a new run starts from: those of `model`, drawn from the seed, or
     those that init_from names, of whose positions it takes the first block_size."""
-    start = read_start(settings.init_from)
-    if start is None:
-        return {name: p.detach().clone() for name, p in model.named_parameters()}
-    weights, _ = start
-    if 'position_embedding.weight' in weights:
-        positions = weights['position_embedding.weight'][:settings.block_size]
-        return {**weights, 'position_embedding.weight': positions}
+    weights, _ = read_start(settings.init_from) or (model.state_dict(), model.config)
+    name = 'position_embedding.weight'
+    if name in weights:
+        weights[name] = weights[name][:model.config.block_size]
     return weights
 
 
@@ -188,16 +184,10 @@ def pretrained_problems(settings, data):
         return []
     _, theirs = start
     ours = model_config(settings, theirs.vocab_size)
-    problems = []
-    for key in ('n_layer', 'n_head', 'n_embd', 'bias', 'attention', 'positions', 'n_kv_head',
-                'ra_learned'):
-        value = vars(theirs)[key]
-        if vars(ours)[key] != value:
-            problems.append(f'{key}={vars(ours)[key]!r}: {source} has {key}={value!r}; write '
-                            f'--{key}={value}')
-    if ours.block_size > theirs.block_size:
-        problems.append(f'block_size={ours.block_size}: {source} has {theirs.block_size} '
-                        f'positions; write --block_size={theirs.block_size} or less')
+    needed = {key: vars(theirs)[key] for key in STRUCTURE}
+    needed['block_size'] = min(ours.block_size, theirs.block_size)
+    problems = [f'{key}={vars(ours)[key]!r}: {source} has {key}={value!r}; write --{key}={value}'
+                for key, value in needed.items() if vars(ours)[key] != value]
     if data and data.vocab_size != theirs.vocab_size:
         problems.append(f'dataset={data.name!r}: {source} has {theirs.vocab_size} tokens, not the '
                         f'{data.vocab_size} of {data.tokenizer!r}; use text of its own tokenizer')
@@ -214,16 +204,11 @@ PROMPTS = (
 )
 
 
-def prompts_of(config, tokenizer_name):
-    """[(1, T) tokens]: PROMPTS, as far as their tokenizer can be had, and random ones that fill a
-    whole context."""
+def prompts_of(config, tokenizer):
+    """[(1, T) tokens]: random ones that fill a whole context, and PROMPTS unless tokenizer=None."""
     generator = torch.Generator().manual_seed(0)
     random = torch.randint(config.vocab_size, (1, config.block_size), generator=generator)
-    try:
-        tokenizer = get_tokenizer(tokenizer_name)
-    except Refused:
-        return [random]
-    texts = [tokenizer.encode(text)[:config.block_size] for text in PROMPTS]
+    texts = [tokenizer.encode(text)[:config.block_size] for text in PROMPTS] if tokenizer else []
     return [random, *(torch.tensor([text]) for text in texts)]
 
 
@@ -276,9 +261,8 @@ def byte_vocabulary():
 
 
 def write_tokenizer(folder, name, block_size):
-    """The files that AutoTokenizer reads. GPT-2's are OpenAI's, which tiktoken caches (Refused if
-    they cannot be had); bytes are a GPT-2 that merges nothing."""
-    get_tokenizer(name)
+    """The files that AutoTokenizer reads. GPT-2's are OpenAI's, which tiktoken has cached; bytes
+    are a GPT-2 that merges nothing."""
     if name == 'bytes':
         vocabulary = json.dumps(byte_vocabulary()).encode()
         merges = b'#version: 0.2\n'
@@ -310,19 +294,19 @@ def export(model, tokenizer_name, out_dir, dtype):
             weights.setdefault(name, torch.zeros(shape))
     check_parameters(weights, config, 'this model is no GPT-2, use it with sample.py')
 
+    try:
+        tokenizer = get_tokenizer(tokenizer_name)
+    except Refused as refused:
+        tokenizer = None
+        print(f'no tokenizer files: {refused}')
+
     def write(folder):
         write_model(folder, config, weights, dtype)
-        compare_logits(folder, model, prompts_of(config, tokenizer_name))
-        try:
+        compare_logits(folder, model, prompts_of(config, tokenizer))
+        if tokenizer:
             write_tokenizer(folder, tokenizer_name, config.block_size)
-        except Refused as refused:
-            print(f'no tokenizer files: {refused}')
 
-    try:
-        write_folder(out_dir, write)
-    except OSError as error:
-        raise Refused(f"'{out_dir}' could not be written ({error.strerror or error}); choose "
-                      'another folder') from None
+    write_folder(out_dir, write)
     linear = [w for name, w in weights.items() if name.startswith('blocks.') and w.dim() == 2]
     zeros = sum((w == 0).sum().item() for w in linear) / sum(w.numel() for w in linear)
     print(f"zeros: {zeros:.2%} of the blocks' linear weights")
