@@ -1,9 +1,6 @@
-"""The processes of one run: how they meet, agree, and notice that one of them is missing."""
+"""The processes of one run: how they meet, agree, and notice that one does not answer."""
 import contextlib
 import os
-import sys
-import threading
-import time
 import zlib
 from datetime import timedelta
 
@@ -12,11 +9,10 @@ import torch.distributed as dist
 
 from support.guards import Stop
 from support.rundir import exit_reason
-from support.settings import Refused
+from support.settings import Refused, tell
 
 PATIENCE = timedelta(minutes=5)  # that ranks have with each other ...
 PATIENCE_AT_FIRST = timedelta(minutes=30)  # ... once all have done a step: compiling takes long
-ROLL_CALL = 5.0  # seconds in which a rank that lives answers
 FINAL = ('nan', 'diverged', 'unsaved', 'refused')  # exit reasons of codes 2 and 3
 LOST = 'rank lost'  # the exit reason after which nobody is waited for
 PLACES = {'out_dir', 'data_dir', 'device'}  # settings that each machine may have of its own
@@ -41,19 +37,17 @@ def join(machine):
 
 def check_restart(out_dir):
     """Refused: torchrun starts a run again that would end as before."""
-    if os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') == '0':
-        return
-    path, config = (os.path.join(out_dir, name) for name in ('summary.json', 'config.json'))
     reason = exit_reason(out_dir)
-    if reason not in FINAL:
+    if os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') == '0' or reason not in FINAL:
         return
-    if os.path.getmtime(path) > os.path.getmtime(config):  # else it is of an earlier session
+    summary, config = (os.path.join(out_dir, name) for name in ('summary.json', 'config.json'))
+    if os.path.getmtime(summary) > os.path.getmtime(config):  # else it is of an earlier session
         raise Refused(f"out_dir='{out_dir}': the run ended as {reason!r}, which "
                       'another start does not change; its train.log says what does')
 
 
 def combine(run, tensors, op=dist.ReduceOp.SUM):
-    """Each tensor becomes the sum over all ranks, or their `op`. Stop: a rank is missing."""
+    """Each tensor becomes the sum over all ranks, or their `op`. Stop: one does not answer."""
     if run.machine.world == 1:
         return
     first = run.progress.step == run.start_step
@@ -62,12 +56,10 @@ def combine(run, tensors, op=dist.ReduceOp.SUM):
         for tensor in tensors:
             dist.all_reduce(tensor, op)
     except RuntimeError as error:
-        missing = missing_ranks(run.machine)
-        names = ', '.join(map(str, missing)) or 'unknown'
-        told = (f'step {run.progress.step}: no answer from rank {names} ({first_line(error)}); see '
-                'its machine and what it said, and continue with --init_from=resume')
-        if 0 in missing:  # else it says so
-            print(f'rank {run.machine.rank}: {told}', file=sys.stderr, flush=True)
+        told = (f'step {run.progress.step}: a rank did not answer ({first_line(error)}); see what '
+                'each said, and continue with --init_from=resume')
+        if run.machine.rank > 0:  # the log is that of rank 0, which may be the one
+            tell(told)
         raise Stop(LOST, 1, told) from None
 
 
@@ -76,25 +68,6 @@ def highest(run, number):
     shared = torch.tensor(int(number))
     combine(run, [shared], dist.ReduceOp.MAX)
     return int(shared)
-
-
-def missing_ranks(machine):
-    """Numbers of the ranks that do not answer when all are called in the store."""
-    store = dist.distributed_c10d._get_default_store()
-    names = [f'present {rank}' for rank in range(machine.world)]
-    answers = []  # a bool a rank
-
-    def call():
-        with contextlib.suppress(RuntimeError):  # the store is gone
-            store.set(names[machine.rank], '')
-            time.sleep(ROLL_CALL)
-            answers.extend(store.check([name]) for name in names)
-
-    caller = threading.Thread(target=call, daemon=True)  # because a store that stopped hangs
-    caller.start()
-    caller.join(2 * ROLL_CALL)
-    answers = answers or [False]  # the store is that of rank 0, or of torchrun beside it
-    return [rank for rank, answer in enumerate(answers) if not answer]
 
 
 def first_line(error):
@@ -106,7 +79,7 @@ def part(run, reason, code):
     """Wait for the others before the end, because torchrun kills the rest as soon as one ends."""
     if reason == LOST:
         os._exit(code)  # at once: what torch.distributed does at an end waits for the lost one
-    with contextlib.suppress(Stop):  # one that is missing has been named
+    with contextlib.suppress(Stop):  # it has been told
         highest(run, 0)
 
 
