@@ -8,6 +8,7 @@ Texts go to stdout, the first as it is made, others once all are done; speed and
 cache go to stderr. The model sees the last block_size tokens of a text.
 """
 import codecs
+import functools
 import math
 import sys
 import time
@@ -17,7 +18,7 @@ from typing import Literal
 import torch
 
 from model import load_model
-from support.decoding import CachedReader, WholeReader
+from support.decoding import CachedReader, read_whole
 from support.machine import find_machine
 from support.rundir import size
 from support.settings import Path, Refused, arguments, help_text, parse, run_command
@@ -92,7 +93,7 @@ def draw(logits, temperature, top_k, top_p, generators):
 @torch.inference_mode()
 def generate(reader, block_size, prompts, seeds, max_new_tokens, temperature, top_k=0, top_p=1.0,
              end=None):
-    """Continue prompts, lists of at least one token, with a reader of support.decoding.
+    """Continue prompts, lists of at least one token; reader: CachedReader or read_whole of a model.
 
     Yields a list of each row's next token, None once it has drawn `end`. Row i draws with seeds[i]
     and is what it would be alone, but for rounding. The model sees at most block_size tokens: the
@@ -167,19 +168,18 @@ def print_continued(model, tokenizer, s):
         seeds += [s.seed + 1_000_003 * number for number in range(s.num_samples)]
     encoded = [tokenizer.encode(prompt) or [tokenizer.eot] for prompt in prompts]
     if model.config.reciprocal:
-        print('note: reciprocal attention has no cache; the whole text is read anew for each token',
-              file=sys.stderr)
-        reader = WholeReader(model)
+        reader = functools.partial(read_whole, model)
+        cache = 'no cache, because reciprocal attention has none'
     else:
-        on_gpu = model.token_embedding.weight.is_cuda
-        reader = CachedReader(model, len(prompts), recorded=on_gpu)
+        reader = CachedReader(model, len(prompts), recorded=model.token_embedding.weight.is_cuda)
+        cache = f'cache {size(reader.nbytes)}'
     start = time.monotonic()
     steps = generate(reader, model.config.block_size, encoded, seeds, s.max_new_tokens,
                      s.temperature, s.top_k, s.top_p, tokenizer.eot)
     count = print_texts(tokenizer, prompts, steps, tokenizer.eot)
     rate = count / (time.monotonic() - start)
-    print(f'{count} tokens, {rate:.1f} a second, in {len(prompts)} texts; '
-          f'cache {size(reader.nbytes)}', file=sys.stderr)
+    print(f'{count} tokens, {rate:.1f} a second, in {len(prompts)} texts; {cache}',
+          file=sys.stderr)
 
 
 def main(argv):

@@ -24,18 +24,14 @@ class Cache(NamedTuple):
         return Cache(self.keys[rows, :, places], self.values[rows, :, places])
 
 
-class WholeReader:
-    """Reads all that the model sees anew for each token: for attention that has no cache."""
-    nbytes = 0  # of the cache
+def read_whole(model, texts):
+    """Texts, lists of tokens -> logits (B, vocab_size) of the next token of each.
 
-    def __init__(self, model):
-        self.model = model
-
-    def __call__(self, texts):
-        """What each row sees, lists of tokens -> logits (B, vocab_size) of its next token."""
-        device = self.model.token_embedding.weight.device
-        last = [self.model.hidden(torch.tensor([text], device=device))[0, -1] for text in texts]
-        return self.model.head(torch.stack(last))
+    For attention that has no cache: all is read anew for each token.
+    """
+    device = model.token_embedding.weight.device
+    last = [model.hidden(torch.tensor([text], device=device))[0, -1] for text in texts]
+    return model.head(torch.stack(last))
 
 
 class CachedReader:
@@ -58,42 +54,36 @@ class CachedReader:
         self.graphs = {}  # places looked at -> (graph, its logits)
 
     def __call__(self, texts):
-        """What each row sees, lists of tokens -> logits (B, vocab_size) of its next token."""
+        """As read_whole."""
         for row, (text, length) in enumerate(zip(texts, self.lengths)):
-            if length == 0 or len(text) != length + 1:
+            if len(text) not in (1, length + 1):  # one token has nothing before it
                 self.read(row, text[:-1])
         self.lengths = [len(text) for text in texts]
         self.tokens.copy_(torch.tensor([text[-1:] for text in texts]))
         self.positions.copy_(torch.tensor(self.lengths)[:, None] - 1)
-        return self.step()
-
-    def read(self, row, text):
-        """Put a text, a list of tokens, into a row of the cache."""
-        if text:
-            idx = torch.tensor([text], device=self.tokens.device)
-            positions = torch.arange(len(text), device=self.tokens.device)[None]
-            own = slice(row, row + 1)
-            cache = [layer.part(own, slice(len(text))) for layer in self.cache]
-            self.model.hidden(idx, positions, cache)
-
-    def step(self):
-        """Logits (B, vocab_size) after self.tokens at self.positions."""
         longest = max(self.lengths)
         if not self.recorded:
-            return self.forward(longest)
+            return self.step(longest)
         places = min(-(-longest // 256) * 256, self.model.config.block_size)
         if places not in self.graphs:
-            self.forward(places)  # unrecorded first: libraries choose their kernels
+            self.step(places)  # unrecorded first: libraries choose their kernels
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                logits = self.forward(places)
+                logits = self.step(places)
             self.graphs[places] = graph, logits
         graph, logits = self.graphs[places]
         graph.replay()
         return logits
 
-    def forward(self, places):
-        """The step as it is, looking at the first `places` of the cache."""
+    def read(self, row, text):
+        """Put a text, a list of tokens, into a row of the cache."""
+        idx = torch.tensor([text], device=self.tokens.device)
+        positions = torch.arange(len(text), device=self.tokens.device)[None]
+        cache = [layer.part(slice(row, row + 1), slice(len(text))) for layer in self.cache]
+        self.model.hidden(idx, positions, cache)
+
+    def step(self, places):
+        """Logits after self.tokens at self.positions, looking at the cache's first `places`."""
         cache = [layer.part(slice(None), slice(places)) for layer in self.cache]
         hidden = self.model.hidden(self.tokens, self.positions, cache)  # (B, 1, C)
         return self.model.head(hidden[:, 0])

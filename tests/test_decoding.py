@@ -1,4 +1,6 @@
 """The cache and the readers of support/decoding.py, against reading the whole text at once."""
+from functools import partial
+
 import pytest
 import torch
 from models import CACHED, MLA, RA, lively, text
@@ -7,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 from model import GPT, GPTConfig
 from sample import generate
-from support.decoding import CachedReader, WholeReader
+from support.decoding import CachedReader, read_whole
 
 cached = pytest.mark.parametrize('told', CACHED.values(), ids=CACHED)
 PROMPTS = [[5], list(range(30)), list(range(48, 96)), list(range(20, 80)), [7, 8, 9]]
@@ -83,7 +85,7 @@ def test_each_row_of_a_batch_is_what_reading_everything_anew_gives(told):
     model = lively(**told).double()
     rows = generated(model, CachedReader(model, len(PROMPTS), recorded=False))
     for prompt, seed, row in zip(PROMPTS, SEEDS, rows):
-        assert row == generated(model, WholeReader(model), [prompt], [seed])[0]
+        assert row == generated(model, partial(read_whole, model), [prompt], [seed])[0]
         assert len(set(row)) > 20
 
 
@@ -92,7 +94,7 @@ def test_reading_anew_gives_the_logits_of_each_row_alone(told):
     model = lively(**told).double()
     texts = [list(range(5)), list(range(48)), [7]]
     with torch.no_grad():
-        logits = WholeReader(model)(texts)
+        logits = read_whole(model, texts)
         for row, tokens in enumerate(texts):
             expected = model(torch.tensor([tokens]))[0, -1]
             torch.testing.assert_close(logits[row], expected, atol=1e-10, rtol=1e-10)
@@ -112,7 +114,7 @@ def test_the_smallest_of_windows(block_size):
     model = lively(block_size=block_size).double()
     prompts = [[1], [2, 3], [4, 5, 6, 7]]
     rows = generated(model, CachedReader(model, 3, recorded=False), prompts, [1, 2, 3], 12)
-    assert rows == generated(model, WholeReader(model), prompts, [1, 2, 3], 12)
+    assert rows == generated(model, partial(read_whole, model), prompts, [1, 2, 3], 12)
 
 
 # --- CUDA graphs ----------------------------------------------------------------------------------
