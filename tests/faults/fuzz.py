@@ -160,7 +160,6 @@ def metrics(case):
         lines.insert(case.draw.randint(0, len(lines)), case.draw.choice(ODD_LINES))
     end = case.draw.choice((b'\n', b'\n', b'', b'\n{"step": 15, "lo'))  # cut short by a crash
     path.write_bytes(b'\n'.join(lines) + end)
-    judge.end(case.report(), (0,))
     judge.recover(case, HALF)
     judge.end(case.report(), (0,))
 
