@@ -33,9 +33,7 @@ class ReportSettings:
 @dataclass
 class Run:
     name: str
-    seed: int
-    config: dict  # of config.json
-    summary: dict  # of summary.json, or what is known so far
+    told: dict  # its settings, config.json and summary.json, or what is known so far
     metrics: list  # the records of metrics.jsonl
 
 
@@ -47,12 +45,10 @@ def load_run(folder, name):
     summary = read_json(os.path.join(folder, 'summary.json'), ['steps', 'tokens', 'exit_reason'])
     metrics = read_metrics(os.path.join(folder, 'metrics.jsonl'))
     if summary is None or (metrics and metrics[-1]['step'] > summary['steps']):  # resumed since
-        summary = {'steps': 0, 'tokens': 0, 'exit_reason': 'running'}
+        summary = {'tokens': 0, 'exit_reason': 'running'}
         for record in metrics:
             summary.update(record)
-            if 'tokens' in record:
-                summary['steps'] = record['step']
-    return Run(name, config['settings'].get('seed'), config, summary, metrics)
+    return Run(name, {**config['settings'], **config, **summary}, metrics)
 
 
 def load_arms(folders, baseline):
@@ -62,7 +58,7 @@ def load_arms(folders, baseline):
         names = folders
     arms = {}
     for run in map(load_run, folders, names):
-        arms.setdefault(run.name.removesuffix(f'_{run.seed}'), []).append(run)
+        arms.setdefault(run.name.removesuffix(f'_{run.told["seed"]}'), []).append(run)
     baseline = baseline or next(iter(arms))
     if baseline not in arms:
         raise Refused(f"baseline='{baseline}' is not one of these arms: {', '.join(arms)}")
@@ -89,19 +85,18 @@ COLUMNS = (  # heading, key of numbers(), how to write mean and standard error
 )
 
 
-def numbers(run, baseline=()):
-    """Summary of a run and what else COLUMNS show, NaN where it is unknown. baseline: Runs, of
-    which that of the same seed is compared."""
-    told = defaultdict(lambda: math.nan)
-    told.update({key: value for key, value in run.summary.items() if value is not None})
-    twin = {other.seed: other.summary.get('val_loss') for other in baseline}.get(run.seed)
-    told['difference'] = told['val_loss'] - (twin or math.nan)
+def numbers(run, theirs):
+    """What a run tells, and what else COLUMNS show; NaN where it is unknown. theirs: {seed:
+    validation loss} of the baseline."""
+    known = {key: value for key, value in run.told.items() if value is not None}
+    told = defaultdict(lambda: math.nan, known)
+    told['difference'] = told['val_loss'] - theirs.get(told['seed'], math.nan)
     told['ratio'] = np.expm1(told['difference'])
     told['train_loss'] = np.mean([*series(run, 'loss')[1, -LAST:]] or math.nan)
     told['density'] = 1 - np.mean([*series(run, 'sparsity')[1]] or math.nan)
     told['tokens_per_second'] = np.median([*series(run, 'tokens_per_second')[1]] or math.nan)
     told['nonzero'] = told['parameters'] * (1 - told['sparsity_all'])
-    told['epochs'] = told['tokens'] / run.config.get('data', {}).get('train_tokens', math.nan)
+    told['epochs'] = told['tokens'] / run.told.get('data', {}).get('train_tokens', math.nan)
     return told
 
 
@@ -115,10 +110,10 @@ def estimate(told, key):
 def table(arms):
     """A line an arm, as aligned Markdown; the first arm is the baseline."""
     rows = [['arm', 'seeds'] + [heading for heading, _, _ in COLUMNS]]
-    baseline = ()
+    theirs = {}
     for name, runs in arms.items():
-        told = [numbers(run, baseline) for run in runs]
-        baseline = baseline or runs
+        told = [numbers(run, theirs) for run in runs]
+        theirs = theirs or {each['seed']: each['val_loss'] for each in told}
         row = [name, str(len(runs))]
         for _, key, write in COLUMNS:
             mean, error = estimate(told, key)
@@ -131,18 +126,14 @@ def table(arms):
 
 FACTS = ('dataset', 'fingerprint', 'tokens', 'effective_batch', 'parameters', 'dtype', 'commit',
          'torch', 'device', 'processes', 'eval_tokens', 'block_size', 'prune_scope')  # told first
-EXPECTED = ('seed', 'out_dir', 'data_dir')  # the fingerprint says more than data_dir
+EXPECTED = ('seed', 'out_dir', 'data_dir')  # to differ; the fingerprint says more than data_dir
 
 
-def facts(run):
-    """{name: value} of what should be the same in runs that are compared."""
-    settings = run.config['settings']
-    told = {**settings, **run.config, **run.summary}
-    idle = set(EXPECTED)
-    if settings.get('prune_score') == 'none':
-        idle |= {'target_sparsity', *(name for name in settings if name.startswith('prune_'))}
-        idle.remove('prune_score')
-    return {name: told.get(name) for name in (*FACTS, *settings) if name not in idle}
+def varied(folder):
+    """What experiments/NAME.py, for a run in .../NAME/RUN, says is varied on purpose."""
+    name = os.path.basename(os.path.dirname(os.path.abspath(folder)))
+    path = os.path.join('experiments', f'{name}.py')
+    return read_experiment(path).get('varied', ()) if os.path.exists(path) else ()
 
 
 def read_experiment(path):
@@ -153,32 +144,28 @@ def read_experiment(path):
         raise Refused(str(error)) from None
 
 
-def varied(folder):
-    """What experiments/NAME.py, for a run in .../NAME/RUN, says is varied on purpose."""
-    experiment = os.path.basename(os.path.dirname(os.path.abspath(folder)))
-    path = os.path.join('experiments', f'{experiment}.py')
-    return read_experiment(path).get('varied', ()) if os.path.exists(path) else ()
-
-
 def unfair(runs, varied=()):
     """Lines that say why these runs must not be compared just so, but for what is `varied`."""
-    views = [facts(run) for run in runs]
     lines = []
-    names = dict.fromkeys(sum(map(list, views), []))  # a set that keeps its order
-    for name in [name for name in names if name not in varied]:
+    names = dict.fromkeys(FACTS)  # a set that keeps its order
+    for run in runs:
+        names.update(run.told['settings'])
+    for name in [name for name in names if name not in (*EXPECTED, *varied)]:
+        of_pruning = name != 'prune_score' and name.startswith(('prune_', 'target_sparsity'))
         groups = {}
-        for run, view in zip(runs, views):
-            groups.setdefault(view.get(name), []).append(run.name)
+        for run in runs:
+            idle = of_pruning and run.told.get('prune_score') == 'none'
+            groups.setdefault(None if idle else run.told.get(name), []).append(run.name)
         groups.pop(None, None)  # has no effect there, or is newer than the run
         if len(groups) > 1:
             told = [f'{value} ({", ".join(of_runs)})' for value, of_runs in groups.items()]
             lines.append(f'{name} differs: ' + ', '.join(told))
     for run in runs:
-        if run.summary['exit_reason'] != 'finished':
-            lines.append(f'{run.name} has not finished: {run.summary["exit_reason"]}')
-        if run.summary.get('rung'):
-            lines.append(f'{run.name} ran out of memory, hence: {run.summary["rung_label"]}')
-        if run.config.get('edited'):
+        if run.told['exit_reason'] != 'finished':
+            lines.append(f'{run.name} has not finished: {run.told["exit_reason"]}')
+        if run.told.get('rung'):
+            lines.append(f'{run.name} ran out of memory, hence: {run.told["rung_label"]}')
+        if run.told.get('edited'):
             lines.append(f'{run.name} was made by code that differs from its commit')
     return lines
 
@@ -192,7 +179,8 @@ HEIGHTS = {'perplexity': 5, 'validation loss': 5, 'minus the first': 2.5, 'spars
 
 def series(run, key):
     """What the run measured under `key` from its first step on."""
-    millions = run.summary['tokens'] / max(1, run.summary['steps']) / 1e6  # a step
+    trained = [record for record in run.metrics if 'tokens' in record]
+    millions = trained[-1]['tokens'] / trained[-1]['step'] / 1e6 if trained else 0.0  # a step
     points = [(record['step'] * millions, record.get(key)) for record in run.metrics]
     shown = [(x, y) for x, y in points if x > 0 and y is not None and math.isfinite(y)]
     return np.array(shown).reshape(-1, 2).T
@@ -209,19 +197,19 @@ def methods(arms):
     """{method: array (3, N) of the share of prunable weights that is gone, perplexity, its standard
     error}; {} unless arms are pruned to several sparsities. A method of several arms begins at the
     baseline. A dense model with fewer weights stands where a pruned one has as many."""
-    told = {name: [numbers(run) for run in runs] for name, runs in arms.items()}
+    told = {name: [numbers(run, {}) for run in runs] for name, runs in arms.items()}
     pruned = [each for each in sum(told.values(), []) if each['sparsity_all'] > 0]
     if len({round(each['sparsity'], 2) for each in pruned}) < 2:
         return {}
     prunable = max(each['sparsity_all'] / each['sparsity'] for each in pruned)  # share of all
     whole = next(iter(told.values()))[0]['nonzero']
-    points = {}
+    points = defaultdict(list)
     for name, of_arm in told.items():
         gone = (1 - estimate(of_arm, 'nonzero')[0] / whole) / prunable
         loss, error = estimate(of_arm, 'val_loss')
         method = name.removesuffix(f'_{100 * estimate(of_arm, "sparsity")[0]:.0f}')
         if math.isfinite(gone + loss):  # a run that goes on does not say how many weights it has
-            points.setdefault(method, []).append((gone, np.exp(loss), np.exp(loss) * error))
+            points[method].append((gone, np.exp(loss), np.exp(loss) * error))
     baseline = next(iter(points.values()), [])[:1]
     return {method: np.array(sorted(baseline + of_method) if of_method[1:] else of_method).T
             for method, of_method in points.items()}
@@ -229,11 +217,11 @@ def methods(arms):
 
 def sparsity_grid(run):
     """(names of a block's matrices, their sparsity (layers, matrices)); empty if not pruned."""
-    shares = {}  # name of a matrix: its sparsity in each layer
-    for name, share in run.summary.get('sparsity_by_layer', {}).items():
+    shares = defaultdict(list)  # name of a matrix: its sparsity in each layer
+    for name, share in run.told.get('sparsity_by_layer', {}).items():
         if name.startswith('blocks.'):
             label = name.removesuffix('.weight').split('.', 2)[-1].replace('.', '\n', 1)
-            shares.setdefault(label.replace('attention', 'attn'), []).append(share)
+            shares[label.replace('attention', 'attn')].append(share)
     return list(shares), np.array(list(shares.values())).T
 
 
@@ -241,14 +229,14 @@ def picture(arms, curves=''):
     """A matplotlib Figure: perplexity over sparsity; losses, difference to the first run, sparsity
     and learning rate over tokens, of the runs named in `curves`; beside them the sparsity of each
     matrix of the first pruned runs."""
-    import matplotlib
-    from matplotlib.figure import Figure
+    import matplotlib.figure
 
     matplotlib.rcParams['font.size'] = FONT
-    runs = sum(arms.values(), [])
-    if unknown := set(curves.split(',')) - {'', *(run.name for run in runs)}:
+    runs = {run.name: run for run in sum(arms.values(), [])}
+    chosen = curves.split(',') if curves else runs
+    if unknown := [name for name in chosen if name not in runs]:
         raise Refused(f"curves='{curves}': none of these runs is {' or '.join(unknown)}")
-    runs = [run for run in runs if not curves or run.name in curves.split(',')]
+    runs = [run for run in runs.values() if run.name in chosen]
     panels = {
         'perplexity': methods(arms),
         'validation loss': {run.name: series(run, 'val_loss') for run in runs},  # nat a token
@@ -260,7 +248,7 @@ def picture(arms, curves=''):
         if not any(curve[1].any() for curve in panels[label].values()):
             del panels[label]
     height = 3 + sum(map(HEIGHTS.get, panels)) / 2  # inches
-    figure = Figure(figsize=(12.5, height), dpi=120, layout='constrained')
+    figure = matplotlib.figure.Figure(figsize=(12.5, height), dpi=120, layout='constrained')
     left = figure
     if pruned := {f'C{i}': run for i, run in enumerate(runs) if sparsity_grid(run)[0]}:
         left, right = figure.subfigures(1, 2, width_ratios=(3, 1), wspace=0.02)
@@ -278,8 +266,8 @@ def picture(arms, curves=''):
 
 def draw_panels(figure, panels):
     """Panels of curves, one below the other: {label: axis}. panels: {label: {name: curve}}."""
-    rows = figure.subplots(len(panels), height_ratios=list(map(HEIGHTS.get, panels)))
-    axes = dict(zip(panels, rows))
+    axes = figure.subplot_mosaic([[label] for label in panels],
+                                 height_ratios=list(map(HEIGHTS.get, panels)))
     for label, axis in axes.items():
         axis.set_ylabel(label)
         axis.grid(alpha=0.25)
@@ -304,18 +292,17 @@ def label_ends(axis, names):
     lines = [line for line in axis.lines if line.get_xydata().size]
     if not lines:
         return
-    points = np.concatenate([line.get_xydata() for line in lines])  # (N, 2)
-    late = points[points[:, 0] >= 0.0999 * points[:, 0].max()]
-    shown = [*late[:, 1], *(line.get_ydata()[-1] for line in lines)]
+    start = 0.0999 * max(line.get_xdata()[-1] for line in lines)
+    curves = [line.get_data() for line in lines]
+    shown = np.concatenate([y[x >= min(start, x[-1])] for x, y in curves])
     margin = 0.05 * np.ptp(shown) or 0.1
-    axis.set_ylim(min(shown) - margin, max(shown) + margin)
-    panel = axis.bbox.height / axis.figure.dpi * 72  # its height in points
-    gap = 1.25 * FONT / panel * (np.ptp(shown) + 2 * margin)
+    axis.set_ylim(shown.min() - margin, shown.max() + margin)
+    row = 1.25 * FONT / 72 * axis.figure.dpi / axis.bbox.height  # of text, as a share of the height
     ends = [(line.get_ydata()[-1], line.get_xdata()[-1], name, line.get_color())
             for line, name in zip(axis.lines, names) if line in lines]
     height = -math.inf
     for y, x, name, color in sorted(ends):
-        height = max(y, height + gap)
+        height = max(y, height + row * np.ptp(axis.get_ylim()))
         leader = dict(arrowstyle='-', color=color, linewidth=0.6, linestyle=':', relpos=(0, 0.5))
         axis.annotate(f'{name}  {y:.3f}', (x, y), (1.03, height), color=color, va='center',
                       textcoords=axis.get_yaxis_transform(), arrowprops=leader,
