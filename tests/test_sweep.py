@@ -3,10 +3,13 @@ import json
 import time
 
 import pytest
-from conftest import TINY, refusal
+from conftest import HOME, TINY, refusal
 
 import sweep
+import train
+from support.checks import check
 from support.rundir import read_metrics
+from support.settings import parse
 
 
 @pytest.fixture
@@ -113,3 +116,12 @@ def test_a_run_that_does_not_save_in_time_is_killed_and_said(experiment, monkeyp
     monkeypatch.setattr(sweep, 'SAVING_SECONDS', 0)
     assert sweep.main([str(experiment), '--time_limit=1']) == 1
     assert 'killed, because it had not saved' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('path', sorted(HOME.glob('experiments/*.py')), ids=lambda path: path.stem)
+def test_runs_of_every_experiment_have_settings_that_train(path):
+    _, base, runs = sweep.read_experiment(str(path))
+    for told in runs.values():
+        argv = [str(HOME / base), *(f'--{key}={value}' for key, value in told.items())]
+        settings, problems, _ = parse(train.Settings, argv)
+        assert problems + check(settings) == []
