@@ -156,14 +156,14 @@ def write_tokens(documents, settings, meta):
 # --- preparing a data set -------------------------------------------------------------------------
 
 
-def find_meta(folder, source, settings):
+def find_meta(folder, origin, settings):
     """meta.json's content, from which to continue, or that of a new folder.
 
     Refused if the folder holds anything that this command would not have written.
     """
     keys = ('name', 'tokenizer', 'val_fraction', 'shard_tokens', 'max_tokens')
     arguments = {key: getattr(settings, key) for key in keys}
-    arguments['source'] = SOURCES[source].origin(settings)
+    arguments['source'] = origin
     meta = shards.read_meta(folder)
     found = sorted(pathlib.Path(folder).glob('*.bin'))
     if meta is None and found:
@@ -210,13 +210,14 @@ def prepare(source, settings):
     busy = (f'{folder}: another process is preparing data there; wait for it, or give another '
             '--data_dir')
     with locked(folder, busy):
-        meta = find_meta(folder, source, settings)
+        origin, documents = SOURCES[source].read(settings)
+        meta = find_meta(folder, origin, settings)
         if 'fingerprint' in meta:
             verify(folder, meta.get('sha256', {}))
             return
         if meta['documents']:
             print(f"continuing after {meta['documents']:,} documents", flush=True)
-        write_tokens(SOURCES[source].documents(settings), settings, meta)
+        write_tokens(documents, settings, meta)
         if min(meta['train_tokens'], meta['val_tokens']) < 2:  # an input and a target
             write_meta(folder, {**meta, 'documents': 0})  # so that other arguments may follow
             raise Refused(f"{settings.name}: {meta['train_tokens']} training and "

@@ -68,14 +68,6 @@ def shard_layout(path):
     return offset, tokens
 
 
-def stamp(path):
-    """Size and time of change of a file, None if it is gone."""
-    if not os.path.exists(path):
-        return None
-    told = os.stat(path)
-    return told.st_size, told.st_mtime_ns
-
-
 class TokenStream:
     """The shards of one split as one sequence of tokens.
 
@@ -87,7 +79,7 @@ class TokenStream:
         self.files = files
         self.vocab_size = vocab_size
         layouts = [shard_layout(f) for f in files]
-        self.opened = {f: stamp(f) for f in files}
+        self.opened = {f: (os.path.getsize(f), os.path.getmtime(f)) for f in files}
         self.offsets = [offset for offset, _ in layouts]
         # (shards + 1,): position of each shard's first token, then the end
         self.firsts = np.cumsum([0] + [tokens for _, tokens in layouts])
@@ -116,12 +108,8 @@ class TokenStream:
     def read(self, starts, length):
         """int64 (len(starts), length): the tokens from each start, across shards where need be.
 
-        ValueError outside of the stream; Refused at a token that the vocabulary does not have.
+        IndexError at the end of the stream; Refused at a token that the vocabulary does not have.
         """
-        starts = np.asarray(starts, np.int64)
-        if starts.size and (starts.min() < 0 or starts.max() + length > self.tokens):
-            raise ValueError(f'{self.split}: tokens {starts.min()} to {starts.max() + length - 1} '
-                             f'asked for, {self.tokens} there')
         out = np.empty((len(starts), length), np.int64)
         for row, position in zip(out, starts):
             while len(row):
@@ -154,7 +142,8 @@ class Data:
     def check_unchanged(self):
         """Refused if a file has another size or time than when it was opened."""
         for path, before in {**self.train.opened, **self.val.opened}.items():
-            if stamp(path) != before:
+            now = os.path.exists(path) and (os.path.getsize(path), os.path.getmtime(path))
+            if now != before:
                 raise Refused(f'{path}: deleted or overwritten since it was opened; copy or '
                               'prepare it again')
 
@@ -318,18 +307,9 @@ class Tokenizer:
             return list(text.encode())
         try:
             return self.encoding.encode(text, disallowed_special=())
-        except ValueError:
-            tokens = []
-        try:
-            # The regular expression runs out of stack on very long white space. GPT-2's splitter
-            # cuts such a run out in any case, all but its last character, so that cutting there
-            # first gives the same tokens. Python's \s has \x1c-\x1f besides Unicode's white space.
-            for part in re.split(r'([^\S\x1c-\x1f]{1000,})(?=[^\S\x1c-\x1f])', text):
-                tokens += self.encoding.encode(part, disallowed_special=())
-        except ValueError as error:
+        except ValueError as error:  # of white space that the regular expression cannot take
             raise Refused(f'a text of {len(text)} characters cannot be tokenized ({error}); '
                           'shorten its white space') from None
-        return tokens
 
     def decode_bytes(self, tokens):
         """UTF-8; a character may be split between tokens."""

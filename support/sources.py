@@ -22,13 +22,13 @@ from support.settings import Refused
 
 @dataclass(frozen=True)
 class Source:
-    """What prepare.py knows of a source of text. Its functions take prepare.py's settings.
+    """What prepare.py knows of a source of text.
 
-    A document is (text, chance): it is validation with this chance, by a hash of its text.
+    read(settings of prepare.py) -> (origin, documents): for JSON what the documents depend on; and
+    always the same (text, chance), validation with this chance, by a hash of the text.
     """
     about: str
-    documents: Callable  # (settings) -> documents, always the same ones
-    origin: Callable  # (settings) -> what the documents depend on, for JSON
+    read: Callable
     defaults: tuple = ()  # arguments that go before those of the command line
 
 
@@ -92,10 +92,10 @@ def read_files(files):
             yield from strings(reader_of(path)(path))
 
 
-def input_files(key, told, tell=False):
+def input_files(key, told):
     """Files named by a comma-separated list of files and folders, each folder's sorted by path.
 
-    key: the setting that names them; tell: say how many others there are.
+    key: the setting that names them. How many others there are goes to stderr.
     """
     files = []
     others = collections.Counter()
@@ -110,42 +110,38 @@ def input_files(key, told, tell=False):
         # Linked, unreadable and empty folders are the parents of nothing, and named.
         unread = set(inside) - set(usable) - {f.parent for f in inside}
         others.update(f.suffix or f.name for f in unread)
-    if tell and others:
+    if others:
         kinds = ', '.join(f'{count} {kind}' for kind, count in sorted(others.items()))
         print(f"{key}: not read: {kinds} (only {', '.join(READERS)})", file=sys.stderr)
     return files
-
-
-def text_documents(settings):
-    """Validation comes first, so that max_tokens leaves it whole."""
-    files = input_files('input', settings.input, tell=True)
-    chance = settings.val_fraction
-    enough = math.ceil(min(2 / chance, 1e9))
-    if settings.val_input:
-        for text in read_files(input_files('val_input', settings.val_input, tell=True)):
-            yield text, 1.0
-        chance = 0.0
-    elif sum(1 for _ in itertools.islice(read_files(files), enough)) < enough:
-        # By hash, a split might stay empty.
-        for text in read_files(files):
-            cut = int(len(text) * (1 - settings.val_fraction))
-            yield text[cut:], 1.0
-            yield text[:cut], 0.0
-        return
-    for text in read_files(files):
-        yield text, chance
 
 
 def sizes(files):
     return [[str(f), f.stat().st_size] for f in files]
 
 
-def text_origin(settings):
-    origin = sizes(input_files('input', settings.input))
-    if settings.val_input:
-        files = input_files('val_input', settings.val_input)
-        origin += [[*entry, 'val'] for entry in sizes(files)]
-    return origin
+def read_text(settings):
+    files = input_files('input', settings.input)
+    val_files = input_files('val_input', settings.val_input) if settings.val_input else []
+    origin = sizes(files) + [[*entry, 'val'] for entry in sizes(val_files)]
+    return origin, text_documents(files, val_files, settings.val_fraction)
+
+
+def text_documents(files, val_files, val_fraction):
+    """Validation comes first, so that max_tokens leaves it whole."""
+    for text in read_files(val_files):
+        yield text, 1.0
+    enough = math.ceil(min(2 / val_fraction, 1e9))
+    few = sum(1 for _ in itertools.islice(read_files(files), enough)) < enough
+    for text in read_files(files):
+        if val_files:
+            yield text, 0.0
+        elif few:  # by hash, a split might stay empty
+            cut = int(len(text) * (1 - val_fraction))
+            yield text[cut:], 1.0
+            yield text[:cut], 0.0
+        else:
+            yield text, val_fraction
 
 
 # --- stdlib: documentation that every CPython carries ---------------------------------------------
@@ -173,7 +169,12 @@ def module_files():
                 yield pathlib.Path(folder, name)
 
 
-def stdlib_documents(settings):
+def read_stdlib(settings):
+    documents = ((text, settings.val_fraction) for text in stdlib_texts())
+    return f'CPython {platform.python_version()}', documents
+
+
+def stdlib_texts():
     """The language reference's topics, then each module's docstrings."""
     from pydoc_data.topics import topics
     texts = [topics[key] for key in sorted(topics)]
@@ -183,8 +184,7 @@ def stdlib_documents(settings):
         with warnings.catch_warnings(action='ignore'), contextlib.suppress(SyntaxError):
             tree = ast.parse(path.read_bytes())
             texts.append('\n\n'.join(docstrings_of(tree)))
-    for text in filter(None, texts):
-        yield text, settings.val_fraction
+    yield from filter(None, texts)
 
 
 # --- fineweb_edu: sets of the Hugging Face hub ----------------------------------------------------
@@ -227,18 +227,14 @@ def streamed(settings):
         yield from strings(row['text'] for row in rows.select_columns(['text']))
 
 
-def hub_documents(settings):
+def read_hub(settings):
+    origin = f'{settings.source} {settings.subset}'.strip()
     texts = streamed(settings)
     if os.path.isdir(settings.source):
-        texts = read_files(subset_files(settings))
-    for text in texts:
-        yield text, settings.val_fraction
-
-
-def hub_origin(settings):
-    if os.path.isdir(settings.source):
-        return sizes(subset_files(settings))
-    return f'{settings.source} {settings.subset}'.strip()
+        files = subset_files(settings)
+        origin = sizes(files)
+        texts = read_files(files)
+    return origin, ((text, settings.val_fraction) for text in texts)
 
 
 # --- all of them ----------------------------------------------------------------------------------
@@ -246,18 +242,15 @@ def hub_origin(settings):
 SOURCES = {
     'fineweb_edu': Source(
         about='FineWeb-Edu, sample-10BT, or another --source of the Hugging Face hub',
-        documents=hub_documents,
-        origin=hub_origin,
+        read=read_hub,
     ),
     'text': Source(
         about='files of your own, named by --input=FILES',
-        documents=text_documents,
-        origin=text_origin,
+        read=read_text,
     ),
     'stdlib': Source(
         about='documentation of your own Python, without network;',
-        documents=stdlib_documents,
-        origin=lambda settings: f'CPython {platform.python_version()}',
+        read=read_stdlib,
         # Of few documents 0.5% would be too little to evaluate on.
         defaults=('--tokenizer=bytes', '--val_fraction=0.05'),
     ),

@@ -31,9 +31,8 @@ def test_windows_span_shards(tmp_path):
     assert got.dtype == np.int64
     assert (got == np.stack([tokens[i:i + 16] for i in range(0, 984, 7)])).all()
     assert (whole(data.train) == tokens).all()
-    for start in (-1, 985):
-        with pytest.raises(ValueError):
-            data.train.read([start], 16)
+    with pytest.raises(IndexError):
+        data.train.read([985], 16)
 
 
 @pytest.mark.parametrize('names', [
@@ -280,17 +279,17 @@ def test_bytes_tokenizer_round_trips():
     assert refusal(shards.get_tokenizer, 'gpt3') == "tokenizer='gpt3' is not one of gpt2, bytes"
 
 
-def test_literal_end_of_text_and_long_white_space_are_text(monkeypatch):
-    small_gpt2 = use_small_gpt2(monkeypatch)
+def test_a_literal_end_of_text_is_text(monkeypatch):
+    use_small_gpt2(monkeypatch)
     tokenizer = shards.get_tokenizer('gpt2')
     assert tokenizer.encode('the<|endoftext|>')[0] == 257
     assert 50256 not in tokenizer.encode('the<|endoftext|>')
     assert tokenizer.decode([257, 50256]) == 'the<|endoftext|>'
-    for space in (' ', '\n', ' \n', '\u2003', '\x1c\n'):
-        text = 'x' + space * 3000 + 'the' + space * 5000 + '\x1c.' + space * 2000
-        assert tokenizer.encode(text) == small_gpt2.encode_ordinary(text)
-    long = 'x' + '\n' * 400_000 + ' y'  # more than tiktoken's regular expression takes
-    assert tokenizer.encode(long) == [120] + [10] * 400_000 + [32, 121]
+
+
+def test_a_million_spaces_are_refused(monkeypatch):
+    use_small_gpt2(monkeypatch)
+    tokenizer = shards.get_tokenizer('gpt2')
     message = refusal(tokenizer.encode, 'x' + ' ' * 3_000_000 + 'y')
     assert message.startswith('a text of 3000002 characters cannot be tokenized (Regex error')
 

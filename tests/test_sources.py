@@ -32,8 +32,7 @@ def test_a_source_of_ones_own_is_one_entry(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(SOURCES, 'mine', Source(
         about='forty documents',
-        documents=lambda settings: ((text, settings.val_fraction) for text in documents(40)),
-        origin=lambda settings: 'version 1',
+        read=lambda settings: ('version 1', [(t, settings.val_fraction) for t in documents(40)]),
         defaults=('--tokenizer=bytes', '--val_fraction=0.3'),
     ))
     run('mine')
@@ -174,7 +173,7 @@ def test_local_copies_of_sets(tmp_path, paths, card, subset, seeds):
     folder = hub_set(tmp_path / 'set', *paths, card=card)
     settings = prepare.PrepareSettings(source=str(folder), subset=subset, val_fraction=0.25)
     expected = [(text, 0.25) for seed in seeds for text in documents(30, seed=seed)]
-    assert list(sources.hub_documents(settings)) == expected
+    assert list(sources.read_hub(settings)[1]) == expected
 
 
 def test_subset_that_is_not_there(tmp_path):
@@ -287,7 +286,7 @@ def test_stdlib_is_english_and_repeatable(tmp_path, monkeypatch):
     assert text.count(' the ') > 500
     assert '\ufffd' not in text
     again = 0
-    for document, chance in sources.stdlib_documents(prepare.PrepareSettings(val_fraction=0.05)):
+    for document, chance in sources.read_stdlib(prepare.PrepareSettings(val_fraction=0.05))[1]:
         assert chance == 0.05
         again += len(document.encode()) + 1
     assert again == data.train.tokens + data.val.tokens
