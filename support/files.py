@@ -2,7 +2,6 @@
 import contextlib
 import glob
 import json
-import math
 import os
 import shutil
 
@@ -32,24 +31,6 @@ def locked(folder, message):
         yield
 
 
-def sync_rename(path):
-    """Wait until the renaming of `path` is on the disk."""
-    if os.name != 'posix':
-        return
-    folder = os.open(os.path.dirname(path) or '.', os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def temporary_name(path):
-    """A name beside `path` of this process's own; what others that were killed left is removed."""
-    for left in glob.glob(f'{glob.escape(path)}.by-*.tmp'):
-        remove(left)
-    return f'{path}.by-{os.getpid()}.tmp'
-
-
 def remove(path):
     """Remove a file or folder as far as that is possible."""
     if os.path.isdir(path) and not os.path.islink(path):
@@ -59,27 +40,39 @@ def remove(path):
             os.remove(path)
 
 
-def write_atomically(path, write, keep=None):
-    """Call write(file) on a temporary binary file, then give it the name `path`.
-
-    Whatever happens in between, `path` holds the old content or the new, whole. keep: name beside
-    `path` that the old content gets first; for a moment it is only there.
-    """
-    temporary = temporary_name(path)
+@contextlib.contextmanager
+def replaced(path):
+    """A temporary name of this process's own, which becomes `path` unless something fails."""
+    for left in glob.glob(f'{glob.escape(path)}.by-*.tmp'):  # by processes that were killed
+        remove(left)
+    temporary = f'{path}.by-{os.getpid()}.tmp'
     try:
-        with open(temporary, 'xb') as f:  # x: never through a link
-            write(f)
-            f.flush()
-            os.fsync(f.fileno())
-        if keep and os.path.isfile(path):
-            os.replace(path, os.path.join(os.path.dirname(path), keep))
+        yield temporary
         os.replace(temporary, path)
     except BaseException as error:
         remove(temporary)
         if isinstance(error, OSError) and error.filename in (None, temporary):  # full; folder gone
             error.filename = path
         raise
-    sync_rename(path)
+    if os.name == 'posix':
+        folder = os.open(os.path.dirname(path) or '.', os.O_RDONLY)
+        os.fsync(folder)  # or the old name may come back after a crash
+        os.close(folder)
+
+
+def write_atomically(path, write, keep=None):
+    """Call write(file) on a temporary binary file, then give it the name `path`.
+
+    Whatever happens in between, `path` holds the old content or the new, whole. keep: name beside
+    `path` that the old content gets first; for a moment it is only there.
+    """
+    with replaced(path) as temporary:
+        with open(temporary, 'xb') as f:  # x: never through a link
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        if keep and os.path.isfile(path):
+            os.replace(path, os.path.join(os.path.dirname(path), keep))
 
 
 def write_folder(path, write):
@@ -87,30 +80,17 @@ def write_folder(path, write):
 
     If anything fails, `path` stays as it was. OSError if `path` is anything but an empty folder.
     """
-    path = os.path.abspath(path)
-    temporary = temporary_name(path)
-    os.makedirs(temporary)
-    try:
+    with replaced(os.path.abspath(path)) as temporary:
+        os.makedirs(temporary)
         write(temporary)
         for name in os.listdir(temporary):
             with open(os.path.join(temporary, name), 'rb') as f:
                 os.fsync(f.fileno())
-        os.rename(temporary, path)
-    except BaseException:
-        remove(temporary)
-        raise
-    sync_rename(path)
 
 
 def finite_or_none(value):
     """`value` for JSON, which has no NaN and no infinity."""
-    if isinstance(value, dict):
-        return {key: finite_or_none(each) for key, each in value.items()}
-    if isinstance(value, list):
-        return [finite_or_none(each) for each in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+    return json.loads(json.dumps(value), parse_constant=lambda name: None)
 
 
 def write_json(path, content):
