@@ -27,65 +27,56 @@ class Machine(NamedTuple):
 
 def find_machine(asked, dtype):
     """(Machine, problems) for the settings device and dtype; ranks are torchrun's environment."""
-    place, problems = find_place()
-    kind, more = find_device(asked, place['LOCAL_RANK'])
-    device = torch.device(kind)
+    rank, world, local_rank, problems = find_place()
+    device, more = find_device(asked, local_rank)
     gpu = device.type == 'cuda'
+    name = f'CPU, {torch.get_num_threads()} threads'
+    if gpu:
+        name = torch.cuda.get_device_name(device)
+    peak = next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
     imitated = gpu and torch.cuda.get_device_capability(device) < (8, 0)
+    if imitated:
+        name += ' (without bfloat16)'
     numbers = torch.float32
     if dtype == 'bfloat16' or (dtype == 'auto' and gpu and not imitated):
         numbers = torch.bfloat16
-    name = f'CPU, {torch.get_num_threads()} threads'
-    peak = None
-    if gpu:
-        name = torch.cuda.get_device_name(device)
-        peak = next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
-        name += ' (without bfloat16)' if imitated else ''
-    return (Machine(device, numbers, place['RANK'], place['WORLD_SIZE'], name, peak),
-            problems + more)
+    return Machine(device, numbers, rank, world, name, peak), problems + more
 
 
 def find_place():
-    """({'RANK', 'WORLD_SIZE', 'LOCAL_RANK': number}, problems) of the environment that torchrun
-    gives a process."""
-    place = dict(RANK=0, WORLD_SIZE=1, LOCAL_RANK=0)
-    told = {name: os.environ[name] for name in place if name in os.environ}
-    problems = [f'{name}={text!r} in the environment is no whole number; {LAUNCH}'
-                for name, text in told.items() if not re.fullmatch('[0-9]{1,9}', text)]
-    if problems:
-        return place, problems
-    place.update({name: int(text) for name, text in told.items()})
-    rank, world = place['RANK'], place['WORLD_SIZE']
-    if rank >= world:
-        problems.append(f'RANK={rank} in the environment is not below WORLD_SIZE={world}; {LAUNCH}')
-    missing = [name for name in ('RANK', 'MASTER_ADDR', 'MASTER_PORT') if not os.environ.get(name)]
-    if world > 1 and missing:
-        problems.append(f'WORLD_SIZE={world} is in the environment without {", ".join(missing)}; '
-                        f'{LAUNCH}')
-    return place, problems
+    """(rank, world, local rank, problems) of the environment that torchrun gives a process."""
+    told = [os.environ.get(name, default) for name, default in PLACE.items()]
+    whole = all(re.fullmatch('[0-9]{1,9}', text) for text in told)
+    rank, world, local_rank = map(int, told) if whole else (0, 1, 0)
+    needed = ('RANK', *MEETING) if world > 1 else ()
+    if whole and rank < world and all(os.environ.get(name) for name in needed):
+        return rank, world, local_rank, []
+    found = ' '.join(f'{name}={os.environ.get(name)!r:.30}' for name in (*PLACE, *MEETING))
+    return 0, 1, 0, [f'{found} in the environment are no place among processes; start several with '
+                     'torchrun, or unset these for a single one']
 
 
-LAUNCH = 'start several processes with torchrun, or unset it for a single one'
+PLACE = dict(RANK='0', WORLD_SIZE='1', LOCAL_RANK='0')  # and what stands for those that are unset
+MEETING = ('MASTER_ADDR', 'MASTER_PORT')
 
 
 def find_device(asked, local_rank):
-    """(name of the torch device, problems); a device that cannot be had becomes the CPU."""
+    """(torch device, problems); one that cannot be had becomes the CPU."""
+    cpu = torch.device('cpu')
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if asked == 'mps':
-        return 'cpu', ["device='mps': up to PyTorch 2.12.1 its causal attention in half precision "
-                       'sees future keys (pytorch#195910); use --device=cpu']
-    if not re.fullmatch(r'auto|cpu|cuda(:\d+)?', asked):
-        return 'cpu', [f'device={asked!r}: must be auto, cpu, cuda or cuda:N']
+        return cpu, ["device='mps': up to PyTorch 2.12.1 its causal attention in half precision "
+                     'sees future keys (pytorch#195910); use --device=cpu']
+    if not re.fullmatch(r'auto|cpu|cuda(:[0-9]{1,4})?', asked):
+        return cpu, [f'device={asked!r}: must be auto, cpu, cuda or cuda:N']
     if asked == 'cpu' or (asked == 'auto' and not gpus):
-        return 'cpu', []
+        return cpu, []
     number = int(asked.partition(':')[2] or local_rank)
     if number < gpus:
-        return f'cuda:{number}', []
-    fix = 'use --device=cpu or a build for your GPU'
-    if gpus and ':' not in asked:
-        fix = f'LOCAL_RANK={number} asks for it: start no more processes than there are GPUs'
-    return 'cpu', [f"device='{asked}': GPU {number} is not among the {gpus} that this PyTorch "
-                   f'({torch.__version__}) sees; {fix}']
+        return torch.device('cuda', number), []
+    return cpu, [f"device='{asked}': GPU {number} is not among the {gpus} that this PyTorch "
+                 f'({torch.__version__}) sees; use --device=cpu, a build for your GPU, or no more '
+                 'processes than there are GPUs']
 
 
 def peak_memory(device):

@@ -18,6 +18,9 @@ def gpus(monkeypatch):
     return pretend
 
 
+FIX = 'use --device=cpu, a build for your GPU, or no more processes than there are GPUs'
+
+
 @pytest.mark.parametrize('device', ['cuda', 'cuda:1'])
 def test_gpu_that_is_not_there(gpus, device):
     gpus(0)
@@ -25,7 +28,7 @@ def test_gpu_that_is_not_there(gpus, device):
     number = {'cuda': 0, 'cuda:1': 1}[device]
     assert problems == [
         f"device='{device}': GPU {number} is not among the 0 that this PyTorch "
-        f'({torch.__version__}) sees; use --device=cpu or a build for your GPU']
+        f'({torch.__version__}) sees; {FIX}']
     assert machine.device.type == 'cpu'
 
 
@@ -33,7 +36,7 @@ def test_device_must_have_a_known_name_and_number(gpus):
     gpus(2)
     [problem] = find_machine('cuda:2', 'auto')[1]
     assert problem.startswith("device='cuda:2': GPU 2 is not among the 2 that this PyTorch ")
-    for wrong in ('gpu', 'cuda:', 'cuda:x', 'cpu:0', ''):
+    for wrong in ('gpu', 'cuda:', 'cuda:x', 'cpu:0', '', 'cuda:' + '1' * 5000):
         assert find_machine(wrong, 'auto')[1] == [
             f"device='{wrong}': must be auto, cpu, cuda or cuda:N"]
 
@@ -73,31 +76,31 @@ def test_apples_gpu_is_refused_with_the_reason(gpus):
         'keys (pytorch#195910); use --device=cpu']
 
 
-LAUNCH = 'start several processes with torchrun, or unset it for a single one'
-
-
-@pytest.mark.parametrize('environment, problems', [
-    (dict(RANK='', WORLD_SIZE='x2', LOCAL_RANK='-1'), [
-        f"{variable} in the environment is no whole number; {LAUNCH}"
-        for variable in ("RANK=''", "WORLD_SIZE='x2'", "LOCAL_RANK='-1'")]),
-    (dict(RANK='9' * 5000), [
-        f"RANK='{'9' * 5000}' in the environment is no whole number; {LAUNCH}"]),
-    (dict(RANK='3', WORLD_SIZE='2', MASTER_ADDR='a', MASTER_PORT='1'), [
-        f'RANK=3 in the environment is not below WORLD_SIZE=2; {LAUNCH}']),
-    (dict(RANK='1'), [f'RANK=1 in the environment is not below WORLD_SIZE=1; {LAUNCH}']),
-    (dict(WORLD_SIZE='2'), [
-        'WORLD_SIZE=2 is in the environment without RANK, MASTER_ADDR, MASTER_PORT; ' + LAUNCH]),
-    (dict(RANK='0', WORLD_SIZE='2', MASTER_ADDR='', MASTER_PORT='1'), [
-        'WORLD_SIZE=2 is in the environment without MASTER_ADDR; ' + LAUNCH]),
-    (dict(RANK='0', WORLD_SIZE='1', LOCAL_RANK='0'), []),
+@pytest.mark.parametrize('environment, told', [
+    (dict(RANK='', WORLD_SIZE='x2', LOCAL_RANK='-1'), "RANK='' WORLD_SIZE='x2' LOCAL_RANK='-1'"),
+    (dict(RANK='9' * 5000), f"RANK='{'9' * 29} WORLD_SIZE=None LOCAL_RANK=None"),
+    (dict(RANK='3', WORLD_SIZE='2', MASTER_ADDR='a', MASTER_PORT='1'), "RANK='3' WORLD_SIZE='2'"),
+    (dict(RANK='1'), "RANK='1' WORLD_SIZE=None"),
+    (dict(WORLD_SIZE='2'), "RANK=None WORLD_SIZE='2' LOCAL_RANK=None MASTER_ADDR=None "),
+    (dict(RANK='0', WORLD_SIZE='2', MASTER_ADDR='', MASTER_PORT='1'),
+     "RANK='0' WORLD_SIZE='2' LOCAL_RANK=None MASTER_ADDR='' MASTER_PORT='1'"),
+    (dict(RANK='0', WORLD_SIZE='1', LOCAL_RANK='0'), ''),
 ])
-def test_launcher_variables_that_make_no_sense(gpus, monkeypatch, environment, problems):
+def test_launcher_variables_that_make_no_sense(gpus, monkeypatch, environment, told):
     gpus(0)
     for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT'):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert find_machine('cpu', 'auto')[1] == problems
+    machine, problems = find_machine('cpu', 'auto')
+    assert (machine.rank, machine.world) == (0, 1)
+    if told:
+        [problem] = problems
+        assert problem.startswith(told) and problem.endswith(
+            ' in the environment are no place among processes; start several with torchrun, or '
+            'unset these for a single one')
+    else:
+        assert problems == []
 
 
 def test_more_processes_than_gpus(gpus, monkeypatch):
@@ -105,7 +108,7 @@ def test_more_processes_than_gpus(gpus, monkeypatch):
     monkeypatch.setenv('LOCAL_RANK', '2')
     assert find_machine('auto', 'auto')[1] == [
         f"device='auto': GPU 2 is not among the 2 that this PyTorch ({torch.__version__}) sees; "
-        'LOCAL_RANK=2 asks for it: start no more processes than there are GPUs']
+        f'{FIX}']
 
 
 @pytest.mark.parametrize('name, peak', [
