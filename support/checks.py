@@ -9,7 +9,7 @@ AT_LEAST_1 = '''batch_size gradient_accumulation_steps block_size n_layer n_head
     save_interval'''.split()
 AT_LEAST_0 = '''seed n_kv_head warmup_iters lr_decay_iters eval_tokens learning_rate min_lr
     weight_decay grad_clip spam_interval spam_warmup prune_lr_power'''.split()
-AT_MOST = dict(batch_size=2**20, n_layer=10_000, n_embd=2**20, latent_dim=2**20)
+AT_MOST = dict(batch_size=2**20, n_layer=10_000, n_embd=2**20, latent_dim=2**20, prune_lr_power=10)
 
 
 def check(s, typed=()):
@@ -30,7 +30,6 @@ def check(s, typed=()):
         require(getattr(s, key) >= 0, key, 'must not be negative')
     for key, most in AT_MOST.items():  # beyond any machine, and merely to try it takes for ever
         require(getattr(s, key) <= most, key, f'must be at most {most}')
-    require(s.prune_lr_power <= 10, 'prune_lr_power', 'must be at most 10')
     for key in ('beta1', 'beta2', 'dropout'):
         require(0 <= getattr(s, key) < 1, key, 'must be at least 0 and below 1')
     require(s.out_dir, 'out_dir', 'must not be empty')
@@ -84,19 +83,16 @@ def check_pruning(s, require):
     require(0 <= s.prune_start < s.prune_end <= s.max_iters, 'prune_start prune_end max_iters',
             'the ramp must start before it ends and end within the run, e.g. --prune_start='
             f'{s.max_iters * 3 // 10} --prune_end={s.max_iters * 19 // 20}')
-    if s.optimizer == 'adamwspam' and s.spam_interval > 0:
-        # No masks are chosen in the spam_warmup + 1 updates from a reset on.
-        require(s.spam_warmup + 1 < s.spam_interval, 'spam_interval spam_warmup prune_score',
-                'no masks are chosen in the warm-up, and it would never be over')
-        at_once = s.prune_pattern == '2:4' and s.prune_regrow < 0
-        last = 'prune_start' if at_once else 'prune_end'
-        chosen = getattr(s, last)
-        since_reset = chosen % s.spam_interval
-        if chosen >= s.spam_interval and since_reset <= s.spam_warmup:
-            chosen += s.spam_warmup + 1 - since_reset
-        require(chosen <= s.max_iters, f'{last} max_iters spam_interval spam_warmup',
-                'no masks are chosen in the warm-up, so target_sparsity would be reached at '
-                f'{chosen}, after the run')
+    at_once = s.prune_pattern == '2:4' and s.prune_regrow < 0
+    last = 'prune_start' if at_once else 'prune_end'
+    chosen = getattr(s, last)
+    if s.optimizer == 'adamwspam' and 0 < s.spam_interval <= chosen:
+        reset = chosen // s.spam_interval * s.spam_interval
+        chosen = max(chosen, reset + s.spam_warmup + 1)  # it waits for the end of the warm-up
+        require(chosen <= min(s.max_iters, reset + s.spam_interval - 1),
+                f'{last} max_iters spam_interval spam_warmup', 'no masks are chosen in the warm-up '
+                f'after the reset at {reset}, so target_sparsity would not be reached; set another '
+                f'{last} or a shorter warm-up')
 
 
 # --- settings without effect ----------------------------------------------------------------------

@@ -160,10 +160,12 @@ IMPOSSIBLE = {
         'within the run, e.g. --prune_start=3 --prune_end=11']),
     'ramp, spike warm-up': (dict(SPAM, prune_end=13, max_iters=14), [
         'prune_end=13 max_iters=14 spam_interval=4 spam_warmup=2: no masks are chosen in the '
-        'warm-up, so target_sparsity would be reached at 15, after the run']),
+        'warm-up after the reset at 12, so target_sparsity would not be reached; set another '
+        'prune_end or a shorter warm-up']),
     'endless spike warm-up': (dict(SPAM, prune_end=11, spam_warmup=3, max_iters=20), [
-        "spam_interval=4 spam_warmup=3 prune_score='bitter7': no masks are chosen in the warm-up, "
-        'and it would never be over']),
+        'prune_end=11 max_iters=20 spam_interval=4 spam_warmup=3: no masks are chosen in the '
+        'warm-up after the reset at 8, so target_sparsity would not be reached; set another '
+        'prune_end or a shorter warm-up']),
     'power': (dict(PRUNED, prune_lr_power=-1.0), ['prune_lr_power=-1.0: must not be negative']),
     'masks': (dict(PRUNED, prune_interval=0), ['prune_interval=0: must be at least 1']),
 }
@@ -187,6 +189,7 @@ POSSIBLE = {
     'score under any optimizer': dict(PRUNED, optimizer='adamw'),
     'ramp, spike warm-up that ends in time': dict(SPAM, prune_end=13, max_iters=15),
     'ramp, no spike warm-up at its end': dict(SPAM, prune_end=15, max_iters=15),
+    'ramp that is over before the first spike': dict(SPAM, prune_end=3, spam_warmup=9),
     '2:4 is complete at prune_start': dict(SPAM, prune_end=13, max_iters=14, prune_pattern='2:4'),
 }
 
