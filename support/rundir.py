@@ -52,11 +52,8 @@ def load_checkpoint(path):
                 raise ValueError(f'{damaged} in it does not match its checksum')
         content = torch.load(path, map_location='cpu', weights_only=True)
         written_as = content.get('format')
-        told = content.pop('outline', None)  # earlier versions have none
-        if told is not None and told != outline(content):
-            raise ValueError("it was changed since it was written; if on purpose, delete 'outline' "
-                             'in it')
-        check_content(content, NEEDS if written_as == FORMAT else {})
+        if content.pop('outline', None) != outline(content) and written_as == FORMAT:
+            raise ValueError('it was changed; if on purpose, write it by save_checkpoint')
     except Exception as error:  # torch raises a dozen types for a damaged file
         reason = f'{type(error).__name__}: {error}'.splitlines()[0][:120]
         raise Refused(f'checkpoint {path} is damaged or not one of ours ({reason}); use another '
@@ -68,32 +65,24 @@ def load_checkpoint(path):
 
 
 def outline(content):
-    """Checksum of the names, types, shapes and plain values; the zip has those of tensors."""
+    """Checksum of the names, types, shapes and plain values; the zip has those of tensors.
+
+    ValueError: a tensor that repeats a few numbers many times.
+    """
     def lines(each):
         if isinstance(each, dict):
-            return [(key, lines(value)) for key, value in each.items()]
+            return [(key, lines(value)) for key, value in each.items() if key != 'outline']
         if isinstance(each, (list, tuple)):
             return [type(each).__name__, *map(lines, each)]
-        return (each.dtype, tuple(each.shape)) if torch.is_tensor(each) else each
+        if not torch.is_tensor(each):
+            return each
+        if each.nbytes > each.untyped_storage().nbytes():
+            raise ValueError(f'a tensor of {size(each.nbytes)} that is not in it')
+        return each.dtype, tuple(each.shape)
 
     return zlib.crc32(repr(lines(content)).encode())
 
 
-def check_content(content, needs):
-    """ValueError for what is not there, and for a tensor that repeats a few numbers many times."""
-    for key, kind in needs.items():
-        if not isinstance(content.get(key), kind):
-            raise ValueError(f'no {key!r} in it')
-    waiting = [content]
-    while waiting:
-        each = waiting.pop()
-        if isinstance(each, (dict, list, tuple)):
-            waiting += each.values() if isinstance(each, dict) else each
-        elif torch.is_tensor(each) and each.nbytes > each.untyped_storage().nbytes():
-            raise ValueError(f'a tensor of {size(each.nbytes)} that is not in it')
-
-
-NEEDS = dict(model=dict, settings=dict, data=dict, weights=dict, fingerprint=str, step=int)
 FORMAT = 'nanoprune 2'  # checkpoints of format 1 do not load: they had no model configuration
 
 
@@ -102,22 +91,17 @@ FORMAT = 'nanoprune 2'  # checkpoints of format 1 do not load: they had no model
 
 def pack(tensor, mask):
     """What the mask keeps of `tensor`, on the CPU: one bit a weight and the kept values."""
-    tensor = tensor.detach().cpu()
     mask = mask.cpu()
     bits = torch.from_numpy(np.packbits(mask.numpy()))
-    return {'bits': bits, 'values': tensor[mask], 'shape': list(tensor.shape)}
+    return {'bits': bits, 'values': tensor.cpu()[mask], 'shape': list(tensor.shape)}
 
 
 def unpack(packed):
     """The tensor of pack, to the bit, +0 where pruned."""
-    values = packed['values']
-    kept = np.unpackbits(packed['bits'].numpy())
-    if math.prod(packed['shape']) > len(kept):
-        raise ValueError(f"{len(kept)} bits for a tensor {packed['shape']}")
-    out = torch.zeros(packed['shape'], dtype=values.dtype)
-    mask = kept[:out.numel()].astype(bool)
-    out.view(-1)[torch.from_numpy(mask)] = values
-    return out
+    shape, values = packed['shape'], packed['values']
+    bits = np.unpackbits(packed['bits'].numpy())[:math.prod(shape)]
+    mask = torch.from_numpy(bits.reshape(shape)).bool()  # ValueError: too few for this shape
+    return torch.zeros(shape, dtype=values.dtype).masked_scatter_(mask, values)
 
 
 def pack_weights(weights, masks, dtype):
@@ -162,29 +146,27 @@ class RunLog:
         if not write:
             return
         os.makedirs(out_dir, exist_ok=True)
-        metrics = os.path.join(out_dir, 'metrics.jsonl')
+        metrics, text = (os.path.join(out_dir, name) for name in ('metrics.jsonl', 'train.log'))
         kept = []
         if keep_until is not None:
             # The evaluation at the step it resumes from is made again, if it is due.
             kept = [line for line, record in metrics_lines(metrics)
                     if record is None or record['step'] < keep_until + ('loss' in record)]
         write_atomically(metrics, lambda f: f.writelines(kept))
-        text = os.path.join(out_dir, 'train.log')
         if keep_until is None or os.path.islink(text) or not os.path.isfile(text):
             write_atomically(text, lambda f: None)  # in the place of a link or a FIFO
         self.metrics = open(metrics, 'a', encoding='utf-8')
         self.text = open(text, 'a', encoding='utf-8', errors='backslashreplace')
         if tracker != 'none':  # in a thread, because a server may take long to answer
             self.records = queue.SimpleQueue()
-            name = tracker_name(out_dir, anew=keep_until is None)
-            self.tracker = threading.Thread(target=self.follow, daemon=True,
-                                            args=(tracker, out_dir, name, config))
+            told = (tracker, out_dir, keep_until is None, config)
+            self.tracker = threading.Thread(target=self.follow, args=told, daemon=True)
             self.tracker.start()
 
-    def follow(self, tracker, out_dir, name, config):
+    def follow(self, tracker, out_dir, anew, config):
         """Give records to a tracker. It never ends a run: its first error is its own end."""
         try:
-            run_tracker(tracker, out_dir, name, config, iter(self.records.get, None))
+            run_tracker(tracker, out_dir, anew, config, iter(self.records.get, None))
         except Exception as error:  # whatever its package raises
             with contextlib.suppress(ValueError):  # the run has ended, and its files are closed
                 self.say(f'WARNING: tracker={tracker} is not available ({type(error).__name__}: '
@@ -199,11 +181,10 @@ class RunLog:
             self.put(self.text, line)
 
     def put(self, file, line):
-        """A line into a file. Without room for it the run goes on: whether that matters is for the
-        next checkpoint to say."""
+        """A line into a file. Without room the run goes on, and the file's buffer keeps the line:
+        whether that matters is for the next checkpoint to say."""
         try:
-            file.write(line + '\n')
-            file.flush()
+            print(line, file=file, flush=True)
         except OSError as error:
             with contextlib.suppress(OSError):
                 print(f'WARNING: {file.name}: {error.strerror}', flush=True)
@@ -219,9 +200,8 @@ class RunLog:
 
     def sync(self):
         """Wait until the disk has all that was measured, if it has room."""
-        if self.write:
-            with contextlib.suppress(OSError):
-                os.fsync(self.metrics.fileno())
+        with contextlib.suppress(OSError):
+            os.fsync(self.metrics.fileno())
 
     def close(self):
         if self.tracker:
@@ -243,14 +223,15 @@ def tracker_name(out_dir, anew):
         return f.read()
 
 
-def run_tracker(tracker, out_dir, name, config, records):
-    """Give records, of training and of evaluations, to a tracker as train/ and val/; a run of that
-    name goes on. Raises whatever the tracker's package raises."""
+def run_tracker(tracker, out_dir, anew, config, records):
+    """Give records, of training and of evaluations, to a tracker as train/ and val/; what it has of
+    the run goes on, unless `anew`. Raises whatever the tracker's package raises."""
     def numbers(record):
         part = 'train' if 'loss' in record else 'val'
         return {f'{part}/{key.removeprefix("val_")}': value for key, value in record.items()
                 if value is not None and key != 'step'}
 
+    name = tracker_name(out_dir, anew)
     if tracker == 'tensorboard':
         tensorboard = importlib.import_module('torch.utils.tensorboard')
         writer = tensorboard.SummaryWriter(os.path.join(out_dir, tracker))
