@@ -12,6 +12,7 @@ import io
 import math
 import os
 import re
+import runpy
 import sys
 import textwrap
 import traceback
@@ -26,11 +27,6 @@ class Refused(Exception):
     def __init__(self, problems):
         self.problems = [problems] if isinstance(problems, str) else list(problems)
         super().__init__('\n'.join(self.problems))
-
-    def report(self):
-        """Print the problems; returns the exit code for them."""
-        tell('\n'.join(['refused:', *(f'  - {problem}' for problem in self.problems)]))
-        return 2
 
 
 # --- the boundary of every command ----------------------------------------------------------------
@@ -64,15 +60,13 @@ def exit_code(error):
     if isinstance(error, OSError) and isinstance(error.__context__, Refused):
         error = error.__context__  # the same full disk took no summary either
     if isinstance(error, Refused):
-        return error.report()
+        tell('\n'.join(['refused:', *(f'  - {problem}' for problem in error.problems)]))
+        return 2
     if isinstance(error, KeyboardInterrupt):
         return 130
     if isinstance(error, BrokenPipeError):  # nobody reads any more, so say nothing
         return 141
     reason = ' '.join(f'{type(error).__name__}: {error}'.split()).removesuffix(':')
-    if isinstance(error, OSError) and error.strerror:
-        file = error.filename2 or error.filename
-        reason = f'{file!s:.200}: {error.strerror}' if file else error.strerror
     for kind, text, way_out in WORLD:
         if isinstance(error, kind) and re.search(text, reason, re.IGNORECASE):
             tell(f'failed: {reason[:400]}; {way_out}')
@@ -135,13 +129,10 @@ def convert(key, value, kind):
     elif kind is int and isinstance(value, str) and re.fullmatch(r'\d+(\.\d+)?e\d{1,2}', value):
         found = int(float(value)) if float(value).is_integer() else None  # 1e3
     elif isinstance(value, str) or (kind is float and not isinstance(value, bool)):
-        try:  # an int will do for a float
-            found = kind(value)
-        except (TypeError, ValueError, OverflowError):
-            found = None
-    for number in (value, found):
-        if isinstance(number, int) and number.bit_length() > 63:  # its repr may fail
-            raise ValueError(f'{key} is a number of {number.bit_length()} bits; at most 63')
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
+            found = kind(value)  # an int will do for a float
+    if isinstance(found, int) and found.bit_length() > 63:  # its repr may fail
+        raise ValueError(f'{key} is a number of {found.bit_length()} bits; at most 63')
     if type(found) is not kind or (kind is float and not math.isfinite(found)):
         raise ValueError(f'{key}={value!r} is not {WANTED[kind]}')
     return found
@@ -165,11 +156,8 @@ def read_config(path):
 
     Names with a leading underscore, functions and imports are the file's own business.
     """
-    names = {}
     try:
-        with open(regular(path), encoding='utf-8-sig') as f:
-            code = compile(f.read(), path, 'exec')
-        exec(code, {'__name__': 'config', '__file__': path}, names)
+        names = runpy.run_path(regular(path), run_name='config')
     except (Exception, SystemExit) as error:  # whatever the file's code raises
         reason = f'{type(error).__name__}: {error}'
         raise ValueError(f"config file '{path}' cannot be read: {reason}") from None
@@ -186,12 +174,10 @@ def arguments(cls, argv):
     waiting = list(argv)
     while waiting:
         word = waiting.pop(0)
-        key = word.removeprefix('--')
+        key = word[2:] if word.startswith('--') else ''
         next_word = waiting[0] if waiting else '--'
         if word == '-h':
             word = '--help'
-        elif word == key:
-            pass  # a file, or something to be refused
         elif kinds.get(key.removeprefix('no-')) is bool:
             is_value = key in kinds and next_word.lower() in ('true', 'false')
             value = waiting.pop(0) if is_value else key in kinds
@@ -256,8 +242,7 @@ def help_text(cls, usage):
             field = cls.__dataclass_fields__[found[1]]
             default = f'{field.name}={field.default!r}'
             kind = ' | '.join(get_args(field.type)) or field.type.__name__
-            lines += textwrap.wrap(f'--{default:34s} {kind}', 98, initial_indent='  ',
-                                   subsequent_indent=' ' * 39)
+            lines += textwrap.wrap(f'  --{default:34s} {kind}', 98, subsequent_indent=' ' * 39)
             lines.append(f'        {found[2]}')
         elif found := re.match(r'    # -+ (.*?) -+$', line):
             lines.append(f'{found[1]}:')

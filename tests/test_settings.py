@@ -233,7 +233,7 @@ def test_config_file_that_is_not_there_or_not_text(tmp_path):
     os.mkfifo(tmp_path / 'fifo.py')
     errors = {'fifo.py': 'OSError', 'none.py': 'FileNotFoundError',
               'none/none.py': 'FileNotFoundError',
-              'c.py': 'UnicodeDecodeError', 'folder.py': 'OSError'}
+              'c.py': 'SyntaxError', 'folder.py': 'OSError'}
     for name, error in errors.items():
         [problem] = parsed(tmp_path / name)[1]
         assert problem.startswith(f"config file '{tmp_path}/{name}' cannot be read: {error}: ")
@@ -268,11 +268,14 @@ WORLD = {  # what ends main: (exit code, what is said)
     'Ctrl-C': (KeyboardInterrupt(), 130, ''),
     'reader has gone': (BrokenPipeError(errno.EPIPE, 'Broken pipe'), 141, ''),
     'file': (PermissionError(errno.EACCES, 'Permission denied', 'a/b'), 1,
-             'failed: a/b: Permission denied; correct that and give the same command again'),
+             "failed: PermissionError: [Errno 13] Permission denied: 'a/b'; correct that and give "
+             'the same command again'),
     'two files': (IsADirectoryError(errno.EISDIR, 'Is a directory', 'a.tmp', None, 'a'), 1,
-                  'failed: a: Is a directory; correct that and give the same command again'),
-    'full disk': (OSError(errno.ENOSPC, 'No space left on device'), 1, 'failed: No space left on '
-                  'device; correct that and give the same command again'),
+                  "failed: IsADirectoryError: [Errno 21] Is a directory: 'a.tmp' -> 'a'; correct "
+                  'that and give the same command again'),
+    'full disk': (OSError(errno.ENOSPC, 'No space left on device'), 1,
+                  'failed: OSError: [Errno 28] No space left on device; correct that and give the '
+                  'same command again'),
     'another file error': (OSError('not\na file'), 1, 'failed: OSError: not a file; correct that '
                            'and give the same command again'),
     'text': (UnicodeEncodeError('ascii', 'ä', 0, 1, 'no'), 1,
@@ -388,8 +391,8 @@ def test_output_to_a_full_disk_is_one_line(lines):
     with open('/dev/full', 'wb') as full:
         done = run_tool(full, lines)
     assert done.returncode == 1
-    assert done.stderr.decode() == ('failed: No space left on device; correct that and give the '
-                                    'same command again\n')
+    assert done.stderr.decode() == ('failed: OSError: [Errno 28] No space left on device; correct '
+                                    'that and give the same command again\n')
 
 
 def test_command_ends_with_the_code_of_its_main(monkeypatch):
