@@ -27,7 +27,7 @@ from support.checks import check
 from support.files import write_json
 from support.guards import Stop, stop_if_bad
 from support.machine import find_machine, memory_figures, peak_memory
-from support.memory import rung_label, set_up_model, settings_on_rung, within_memory
+from support.memory import active_settings, rung_label, set_up_model, within_memory
 from support.preflight import effective_batch
 from support.rundir import FORMAT, TRACKERS, RunLog, clock, pack_weights, save_checkpoint
 from support.settings import Path, Refused, arguments, help_text, parse, run_command
@@ -124,8 +124,7 @@ class Progress:
 @dataclass
 class Run:
     """Everything the functions below share."""
-    settings: Settings  # as asked
-    active: Settings  # in force: differs only by the out-of-memory ladder
+    settings: Settings  # as asked; see active_settings
     machine: Any  # support.machine.Machine
     data: Any  # support.shards.Data
     model: GPT
@@ -142,7 +141,8 @@ class Run:
     began: float = field(default_factory=time.monotonic)
     mark: float = field(default_factory=time.monotonic)  # time of the last log step, moved on by
     mark_step: int = 0  # what evaluation and saving took
-    speed: dict = field(default_factory=dict)  # latest tokens_per_second, milliseconds, mfu
+    speed: dict = field(  # the latest
+        default_factory=lambda: dict.fromkeys(('tokens_per_second', 'milliseconds', 'mfu')))
     peaks: list = field(default_factory=list)  # of memory, up to each log line
 
 
@@ -174,7 +174,9 @@ def one_step(run):
     ranks.combine(run, [*(flat.grads for flat in run.flats), loss])  # sums, of each rank's shares
     norm = optim.gradient_norm(run.flats)
     note_bad_step(run, loss, norm)
-    optim.scale_gradients(run.flats, clip_factor(run, norm), run.bad_step < 0, fused(run))
+    limit = run.settings.grad_clip or math.inf
+    clip = (limit / (norm + 1e-6)).clamp(max=1.0)  # as in torch's clip_grad_norm_
+    optim.scale_gradients(run.flats, clip, run.bad_step < 0, fused(run))
     set_learning_rate(run)
     run.optimizer.step()
     if run.pruner:
@@ -200,7 +202,7 @@ def masks_wait(run):
 
 def local_gradients(run):
     """This rank's share of the mean loss and its gradients: micro-batches rank, rank + world ..."""
-    s, p = run.active, run.progress
+    s, p = active_settings(run), run.progress
     total = torch.zeros((), device=run.machine.device)
     run.model.train()
     optim.clear(run.flats)
@@ -223,7 +225,7 @@ def fused(run):
 
 def training_batch(run, micro):
     """Tokens (B, T) and their successors (B, T) of a micro-batch, a function of (seed, step)."""
-    s = run.active
+    s = active_settings(run)
     stream = run.data.train
     first = run.progress.step * effective_batch(s) + micro * s.batch_size
     positions = range(first, first + s.batch_size)
@@ -246,13 +248,6 @@ def note_bad_step(run, loss, norm):
     run.bad_step = torch.where(is_first, run.progress.step, run.bad_step)
 
 
-def clip_factor(run, norm):
-    """What the gradients are scaled by, 0-dim, as in torch's clip_grad_norm_."""
-    if run.settings.grad_clip == 0:
-        return torch.ones_like(norm)
-    return (run.settings.grad_clip / (norm + 1e-6)).clamp(max=1.0)
-
-
 def learning_rate(s, step):
     """Learning rate of update `step`, counted from 0."""
     decay_iters = s.lr_decay_iters or s.max_iters
@@ -273,14 +268,14 @@ def set_learning_rate(run):
 
 def evaluate(run):
     """Mean loss over the first eval_tokens of the validation split: a 0-dim float64 tensor."""
-    s = run.active
+    s = run.settings
     windows = s.eval_tokens // s.block_size or run.data.val.windows(s.block_size)
     return mean_loss(run, run.data.val, range(windows))
 
 
 def losses_ahead(run):
     """Losses of the weights as they are, on the batches of the next few updates."""
-    s, stream = run.active, run.data.train
+    s, stream = run.settings, run.data.train
     for step in range(run.progress.step, run.progress.step + 4):
         batch = range(step * effective_batch(s), (step + 1) * effective_batch(s))
         windows = window_order(batch, stream.windows(s.block_size), s.seed)
@@ -299,7 +294,7 @@ def mean_loss(run, stream, windows):
 @torch.no_grad()
 def local_loss(run, stream, windows):
     """Sum of the losses of these windows; unscored rows fill up the last batch: one shape."""
-    s = run.active
+    s = active_settings(run)
     total = torch.zeros((), dtype=torch.float64, device=run.machine.device)
     run.model.eval()
     for i in range(0, len(windows), s.batch_size):
@@ -338,28 +333,22 @@ def save_best(run):
     """best.pt: float32 weights, or pruned ones as the model reads them, stored sparse."""
     weights = weights_of(run)
     if run.pruner:
-        weights = pack_weights(weights, named_masks(run), run.machine.dtype)
+        weights = pack_weights(weights, named_masks(run.pruner), run.machine.dtype)
     path = os.path.join(run.settings.out_dir, 'best.pt')
     save_checkpoint(path, {**identity(run), 'weights': weights})
 
 
-def parameters_of(run):
-    """{name: Parameter} as the optimizer has them."""
-    named = {}
-    for flat in run.flats:
-        named.update(flat.parameters)
-    return named
-
-
 def weights_of(run):
     """{name: float32 master} of all parameters, 0 where pruned."""
-    return {name: p.detach() for name, p in parameters_of(run).items()}
+    weights = {}
+    for flat in run.flats:
+        weights.update({name: p.detach() for name, p in flat.parameters.items()})
+    return weights
 
 
-def named_masks(run):
+def named_masks(pruner):
     """{name: bool tensor, True = keep} of the matrices that are pruned."""
-    masks = run.pruner.masks if run.pruner else {}
-    return {name: masks[p] for name, p in parameters_of(run).items() if p in masks}
+    return {name: pruner.masks[p] for name, p in pruner.named.items() if p in pruner.masks}
 
 
 def sparsity(run):
@@ -480,9 +469,7 @@ def write_summary(run, reason):
             steps=p.step, tokens=p.step * effective_batch(s) * s.block_size,
             val_loss=p.val_loss, val_ppl=perplexity_of(p.val_loss),
             best_val_loss=p.best_val_loss, **run.saved_sparsity,
-            tokens_per_second=run.speed.get('tokens_per_second'),
-            milliseconds=run.speed.get('milliseconds'), mfu=run.speed.get('mfu'),
-            **memory_figures(peaks),
+            **run.speed, **memory_figures(peaks),
             compiled_graphs=run.graphs[0], graph_breaks=run.graphs[1],
             rung=p.rung, rung_label=rung_label(run), effective_batch=effective_batch(s),
             parameters=run.model.parameter_count(), dataset=run.data.name,
@@ -509,15 +496,15 @@ def build_optimizer(s, flats):
 
 
 def problems_when_built(s, data):
-    """(problems, bytes that the checkpoints need), found by building everything without memory."""
+    """What building everything without memory finds, and whether the disk has room for it."""
     try:
         with torch.device('meta'):
             model = GPT(model_config(s, data.vocab_size))
             build_optimizer(s, optim.flatten(model, torch.float32))
     except (ValueError, RuntimeError) as error:  # RuntimeError: sizes beyond all bounds
-        return [str(error)], 0
+        return [str(error)]
     # last.pt three times, for previous.pt and while it is written; best.pt twice
-    return [], model.parameter_count() * 4 * (3 * 3 + 2)
+    return preflight.check_out_dir(s, model.parameter_count() * 4 * (3 * 3 + 2))
 
 
 def read_settings(argv):
@@ -527,11 +514,8 @@ def read_settings(argv):
     machine, more = find_machine(s.device, s.dtype)
     problems += more + preflight.check_machine(s, machine)
     data, more = preflight.find_data(s)
-    problems += more + pretrained_problems(s, data)
-    bytes_needed = 0
-    if not problems:
-        problems, bytes_needed = problems_when_built(s, data)
-    problems += preflight.check_out_dir(s, bytes_needed)
+    problems += more + pretrained_problems(s, data) + preflight.check_out_dir(s)
+    problems = problems or problems_when_built(s, data)
     if problems and not argv:
         problems.append('no arguments mean GPT-2 124M on FineWeb-Edu; `make quickstart` needs no '
                         'download, config/ has presets, python train.py --help lists the settings')
@@ -542,12 +526,10 @@ def read_settings(argv):
 
 def prepare_run(s, machine, data):
     """A Run ready to train, of what read_settings found. Refused: impossible; Stop: finished."""
-    if problems := preflight.check_out_dir(s, 0):  # again, because now it is locked
+    if problems := preflight.check_out_dir(s):  # again, because now it is locked
         raise Refused(problems)
     ranks.check_restart(s.out_dir)
-    saved = preflight.checkpoint_to_resume(s, data)  # that it is the same run is checked first
-    if saved and preflight.is_finished(s, saved):
-        raise Stop('finished', 0, f'{s.out_dir} holds this run, finished; nothing to do')
+    saved = preflight.checkpoint_to_resume(s, data)
     if s.deterministic:
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # cuBLAS repeats itself with it
     if machine.device.type == 'cuda':
@@ -577,14 +559,12 @@ def build(s, machine, data, saved):
             pruner.load_state_dict(saved['pruner'])
         if saved['settings']['batch_size'] != s.batch_size:
             progress.rung = 0  # it counts on the old ladder
-    active = settings_on_rung(s, progress.rung)
-    keep_until = progress.step if saved else None
     bad_step = torch.full((), -1, dtype=torch.int64, device=machine.device)
-    run = Run(s, active, machine, data, model, flats, optimizer, pruner, progress, bad_step,
+    run = Run(s, machine, data, model, flats, optimizer, pruner, progress, bad_step,
               mark_step=progress.step, start_step=progress.step)
     ranks.check_same_run(run)  # before anything is written
     write = machine.rank == 0 and not s.dry_run
-    run.log = RunLog(s.out_dir, s.tracker, asdict(s), keep_until, write)
+    run.log = RunLog(s.out_dir, s.tracker, asdict(s), progress.step if saved else None, write)
     for note in saved['notes'] if saved else []:
         run.log.say(f'note: {note}')
     if pruner:
@@ -600,7 +580,6 @@ def main(argv):
         print(help_text(Settings, __doc__))
         return 0
     s, machine, data = read_settings(argv)
-    presets = [word for word in arguments(Settings, argv) if not word.startswith('--')]
     with preflight.out_dir_locked(s, machine):
         try:
             run = prepare_run(s, machine, data)
@@ -608,14 +587,13 @@ def main(argv):
             if machine.rank == 0:
                 print(stop)
             return stop.code
-        preflight.announce(run, presets, parse(Settings, presets)[0])
+        preflight.announce(run, argv)
         return 0 if s.dry_run else finish(run)
 
 
 def finish(run):
     """Train to the end, whichever it is, and write the summary; returns the exit code."""
     reason, code = 'error', 1
-    run.mark = time.monotonic()
     try:
         with guards.signals_noted(run):
             train(run)

@@ -112,10 +112,9 @@ NOTHING_COMPILED = ('compile=True, but nothing was compiled; unset TORCHDYNAMO_D
 
 def report_graphs(run):
     """Proof of compile: what Dynamo counted since set_up_model is read back, not assumed."""
-    graphs = counters['stats']['unique_graphs']
-    breaks = sum(counters['graph_break'].values())
-    if run.settings.compile and graphs == 0:
+    graphs = counters['stats']['unique_graphs'], sum(counters['graph_break'].values())
+    if run.settings.compile and graphs[0] == 0:
         raise Refused(NOTHING_COMPILED)
-    if run.graphs != (graphs, breaks):
-        run.graphs = (graphs, breaks)
-        run.log.say(f'compiled graphs {graphs}, graph breaks {breaks}')
+    if run.graphs != graphs:
+        run.graphs = graphs
+        run.log.say(f'compiled graphs {graphs[0]}, graph breaks {graphs[1]}')

@@ -17,29 +17,28 @@ def ladder(s):
 
     The effective batch is the same on every rung, and with it the loss.
     """
-    batch, micro_batches = s.batch_size, s.gradient_accumulation_steps
-    rungs = [(batch, micro_batches)]
-    while batch > 1:
+    rungs = [(s.batch_size, s.gradient_accumulation_steps)]
+    while rungs[-1][0] > 1:
+        batch, micro_batches = rungs[-1]
         factor = next(f for f in range(2, batch + 1) if batch % f == 0)
-        batch, micro_batches = batch // factor, micro_batches * factor
-        rungs.append((batch, micro_batches))
+        rungs.append((batch // factor, micro_batches * factor))
     return rungs
 
 
-def settings_on_rung(s, rung):
-    """The settings in force on a rung of the ladder."""
-    batch_size, micro_batches = ladder(s)[rung]
-    return replace(s, batch_size=batch_size, gradient_accumulation_steps=micro_batches)
+def active_settings(run):
+    """The settings in force: those asked for, on the rung that the run has come to."""
+    batch_size, micro_batches = ladder(run.settings)[run.progress.rung]
+    return replace(run.settings, batch_size=batch_size, gradient_accumulation_steps=micro_batches)
 
 
 def rung_label(run):
     if run.progress.rung == 0:
         return 'as configured'
-    return f'micro-batches of {run.active.batch_size}'
+    return f'micro-batches of {active_settings(run).batch_size}'
 
 
 def within_memory(run, work):
-    """work(run), one rung further down the ladder each time memory runs out."""
+    """work(run), one rung further down the ladder each time a rank's memory runs out."""
     while True:
         failure = None
         try:
@@ -47,16 +46,15 @@ def within_memory(run, work):
         except (RuntimeError, MemoryError) as error:
             if 'found no compiled frames' in str(error):  # PyTorch with TORCH_COMPILE_DISABLE=1
                 raise Refused(NOTHING_COMPILED) from None
-            told = str(error) or 'MemoryError'  # inside the compiler it comes wrapped
-            if isinstance(error, RuntimeError) and not re.search(MEMORY, told, re.IGNORECASE):
+            if not re.search(MEMORY, repr(error), re.IGNORECASE):  # a compiler's error tells of it
                 raise
+            told = str(error) or 'MemoryError'
             sentences = told.splitlines()[0].split('. ')  # the rest is about the allocator
             failure = '. '.join(sentences[:2]).rstrip('.')
-        if highest(run, failure is not None):
-            failure = failure or 'another rank ran out of memory'
-        if failure is None:
+        if not highest(run, failure is not None):
             return result
-        step_down(run, failure)  # not inside `except`: the error keeps tensors of its frames alive
+        # Not inside `except`, because the error keeps tensors of its frames alive.
+        step_down(run, failure or 'another rank ran out of memory')
 
 
 def step_down(run, failure):
@@ -67,7 +65,6 @@ def step_down(run, failure):
         raise Stop('out of memory', 1, f'step {p.step + 1}: {failure}. Micro-batches of one row '
                                        'are the last rung; use a smaller model or block_size')
     p.rung += 1
-    run.active = settings_on_rung(run.settings, p.rung)
     run.log.say(f'OUT OF MEMORY at step {p.step + 1} ({failure}). Rung {p.rung} of {last}: '
                 f'{rung_label(run)}; the effective batch stays the same')
     set_up_model(run)

@@ -1,6 +1,7 @@
 """Before the first step: what machine, data and run directory make impossible, and a table."""
 import contextlib
 import os
+import pathlib
 import shutil
 from dataclasses import asdict
 
@@ -10,9 +11,10 @@ from kernels import float8
 from model import attention_backend
 from support.checks import without_effect
 from support.files import locked, write_json
+from support.guards import Stop
 from support.rundir import exit_reason, load_checkpoint, provenance, size
-from support.settings import Refused, changed
-from support.shards import data_folder, open_data
+from support.settings import Refused, arguments, changed, parse
+from support.shards import open_data
 
 # A resumed run may change these; everything else is what makes it the same run.
 FREE_ON_RESUME = set('''out_dir init_from dry_run device compile tracker data_dir batch_size
@@ -26,9 +28,9 @@ def effective_batch(s):
     return s.batch_size * s.gradient_accumulation_steps
 
 
-def starts_anew(s):
-    """True if no run is to be continued: weights from the seed, or those of --init_from=hf:PATH."""
-    return s.init_from not in ('resume', 'auto')
+def continues(s):
+    """Whether a run in out_dir is to be continued."""
+    return s.init_from in ('resume', 'auto')
 
 
 # --- problems -------------------------------------------------------------------------------------
@@ -63,7 +65,7 @@ def find_data(s):
         return None, refused.problems
     problems = []
     for stream in (data.train, data.val):
-        if s.block_size >= 1 > stream.windows(s.block_size):
+        if stream.tokens <= s.block_size:
             problems.append(
                 f'block_size={s.block_size}: the {stream.split} split of {data.name} has '
                 f'{stream.tokens} tokens, too few for one sequence of {s.block_size} + 1')
@@ -74,25 +76,23 @@ def find_data(s):
     return data, problems
 
 
-def check_out_dir(s, bytes_needed):
+def check_out_dir(s, bytes_needed=0):
     """Problems of the run directory: another run in it, no right to write, no room on the disk."""
     problems = []
-    there = [f for f in (*CHECKPOINTS, 'best.pt', 'summary.json')
-             if os.path.exists(os.path.join(s.out_dir, f))]
-    if starts_anew(s) and there:
+    folder = pathlib.Path(s.out_dir).absolute()
+    files = [folder / name for name in (*CHECKPOINTS, 'best.pt', 'summary.json')]
+    there = list(filter(os.path.exists, files))
+    if there and not continues(s):
         problems.append(f"out_dir='{s.out_dir}' holds another run; --init_from=auto continues it, "
                         'or begins it again if it has no checkpoint; or choose another --out_dir')
-    if s.init_from == 'resume' and not set(there) & set(CHECKPOINTS):
+    if s.init_from == 'resume' and not any(map(os.path.exists, files[:2])):
         problems.append(f"init_from='resume': no checkpoint {s.out_dir}/last.pt; check the folder, "
                         'or start with --init_from=auto')
-    parent = os.path.abspath(s.out_dir)
-    while not os.path.exists(parent):
-        parent = os.path.dirname(parent)
+    parent = next(filter(os.path.exists, [folder, *folder.parents]))
     if not (os.path.isdir(parent) and os.access(parent, os.W_OK)):
         problems.append(f"out_dir='{s.out_dir}': {parent} is no folder that may be written to; "
                         'choose another --out_dir')
-    there_now = sum(os.path.getsize(os.path.join(s.out_dir, f)) for f in there)  # makes way
-    free = shutil.disk_usage(parent).free + there_now
+    free = shutil.disk_usage(parent).free + sum(map(os.path.getsize, there))  # which make way
     if free < bytes_needed:
         problems.append(f"out_dir='{s.out_dir}': the checkpoints need {size(bytes_needed)}, the "
                         f'disk has {size(free)} left; free some or choose another --out_dir')
@@ -107,91 +107,83 @@ def out_dir_locked(s, machine):
                              'or choose another --out_dir')
 
 
-def is_finished(s, saved):
-    """True if out_dir already holds this run with all its updates done, and `saved` is its end."""
-    return exit_reason(s.out_dir) == 'finished' and saved['step'] >= s.max_iters
-
-
-def newest_checkpoint(path, previous):
-    """(content, []) of a checkpoint or, if it is damaged or missing, (that before it, [a note])."""
+def newest_checkpoint(out_dir):
+    """(content, '') of last.pt or, if it is damaged or missing, (that of previous.pt, a note)."""
+    last, previous = (os.path.join(out_dir, name) for name in CHECKPOINTS)
     try:
-        return load_checkpoint(path), []
+        return load_checkpoint(last), ''
     except Refused as refused:
         if not os.path.exists(previous):
             raise
         saved = load_checkpoint(previous)
         reason = str(refused).split(';')[0]
-        return saved, [f'{reason}; continuing from {previous}, step {saved["step"]}']
+        return saved, f'{reason}; continuing from {previous}, step {saved["step"]}'
 
 
 def checkpoint_to_resume(s, data):
-    """What a run is to be continued from, and `notes` on it; None if it begins. Refused if it is
-    another run, or one that has done more than is asked for."""
-    path, previous = (os.path.join(s.out_dir, name) for name in CHECKPOINTS)
-    if starts_anew(s) or not (os.path.exists(path) or os.path.exists(previous)):
+    """What a run is to be continued from, and `notes` on it; None if it begins. Refused: it is
+    another run, or has done more than is asked for; Stop: it is finished."""
+    last, previous = (os.path.join(s.out_dir, name) for name in CHECKPOINTS)
+    if not continues(s) or not (os.path.exists(last) or os.path.exists(previous)):
         return None
-    saved, notes = newest_checkpoint(path, previous)
-    damaged = bool(notes)
+    saved, damage = newest_checkpoint(s.out_dir)
     if 'progress' not in saved:
-        raise Refused(f'{path} holds weights only, like a best.pt: not enough to resume from; '
+        raise Refused(f'{last} holds weights only, like a best.pt: not enough to resume from; '
                       'restore the last.pt of this run')
-    unknown = ', '.join(sorted(set(saved['settings']) - set(vars(s))))
-    if unknown:
-        notes.append(f'the run has settings that this version does not know: {unknown}')
     defaults = vars(type(s)())  # what a setting newer than the run was
-    then = fixed_on_resume({**defaults, **saved['settings']})
+    then = fixed_on_resume({**defaults, **saved['settings']}, saved['fingerprint'])
+    now = fixed_on_resume(vars(s), data.fingerprint)
     problems = [
         f'{key}={value!r}: the run in {s.out_dir} has {key}={then[key]!r}; keep it, or start '
         'another run with another --out_dir'
-        for key, value in fixed_on_resume(vars(s)).items() if value != then[key]
+        for key, value in now.items() if value != then[key]
     ]
     if saved['step'] > s.max_iters:
         problems.append(f'max_iters={s.max_iters}: the run in {s.out_dir} has done {saved["step"]} '
                         'updates; ask for as many, or start another run with another --out_dir')
-    if saved['fingerprint'] != data.fingerprint:
-        folder = data_folder(s.data_dir, s.dataset)
-        problems.append(
-            f'data in {folder} changed: fingerprint {data.fingerprint}, the run in '
-            f"{s.out_dir} was trained on {saved['fingerprint']}; restore that data, or start "
-            'another run with another --out_dir')
     if problems:
         raise Refused(problems)
-    if damaged:
+    if saved['step'] == s.max_iters and exit_reason(s.out_dir) == 'finished':
+        raise Stop('finished', 0, f'{s.out_dir} holds this run, finished; nothing to do')
+    if damage and not s.dry_run:
         with contextlib.suppress(FileNotFoundError):
-            os.replace(path, f'{path}.damaged')  # lest it become the next previous.pt
+            os.replace(last, f'{last}.damaged')  # lest it become the next previous.pt
+    notes = [damage] if damage else []
+    if unknown := sorted(then.keys() - now.keys()):
+        notes.append(f'the run has settings that this version does not know: {", ".join(unknown)}')
     return {**saved, 'notes': notes}
 
 
-def fixed_on_resume(settings):
+def fixed_on_resume(settings, fingerprint):
     """{name: value} of what makes a run the same run."""
-    fixed = {key: value for key, value in settings.items() if key not in FREE_ON_RESUME}
-    batch = settings['batch_size'] * settings['gradient_accumulation_steps']
-    fixed['batch_size x gradient_accumulation_steps'] = batch
-    decay_iters = settings['lr_decay_iters'] or settings['max_iters']
-    fixed['lr_decay_iters (0: max_iters)'] = decay_iters
-    return fixed
+    return {
+        **{key: value for key, value in settings.items() if key not in FREE_ON_RESUME},
+        'batch_size x gradient_accumulation_steps':
+            settings['batch_size'] * settings['gradient_accumulation_steps'],
+        'lr_decay_iters (0: max_iters)': settings['lr_decay_iters'] or settings['max_iters'],
+        'fingerprint of the data': fingerprint,
+    }
 
 
 # --- the table ------------------------------------------------------------------------------------
 
 
-def announce(run, presets=(), preset=None):
-    """Say the preflight table, with what differs from the `preset` of these files, and write
-    config.json."""
+def announce(run, argv=()):
+    """Say the preflight table, with what differs from the presets in `argv`; write config.json."""
     s, m = run.settings, run.machine
-    lines = ['preflight']
-    for name, text in rows_of(run).items():
-        lines.append(f'  {name:<18s} {text}')
-    for key, needs in without_effect(s).items():
-        lines.append(f'  note: {key}={getattr(s, key)!r} has no effect: it acts only with {needs}')
+    notes = [f'{key}={getattr(s, key)!r} has no effect: it acts only with {needs}'
+             for key, needs in without_effect(s).items()]
     if s.prune_score == 'bitter10':
-        lines.append('  note: bitter10 keeps three more float32 numbers a prunable weight')
-    if presets:
-        for key, value in vars(s).items():
-            if value != vars(preset)[key]:
-                lines.append(f'  note: {key}={value!r}, {presets[-1]} has {vars(preset)[key]!r}')
+        notes.append('bitter10 keeps three more float32 numbers a prunable weight')
+    presets = [word for word in arguments(type(s), argv) if not word.startswith('--')]
+    preset = parse(type(s), presets)[0]
+    for key, value in vars(preset).items():
+        if presets and value != getattr(s, key):
+            notes.append(f'{key}={getattr(s, key)!r}, {presets[-1]} has {value!r}')
+    lines = [f'  {name:<18s} {text}' for name, text in rows_of(run).items()]
+    lines += [f'  note: {note}' for note in notes]
     say = print if s.dry_run and m.rank == 0 else run.log.say
-    say('\n'.join(lines))
+    say('\n'.join(['preflight', *lines]))
     if run.log.write:
         write_json(os.path.join(s.out_dir, 'config.json'), dict(
             settings=asdict(s), model=asdict(run.model.config), fingerprint=run.data.fingerprint,

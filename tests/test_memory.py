@@ -9,7 +9,7 @@ from conftest import last, losses
 import train
 from model import GPT
 from support.machine import Machine
-from support.memory import ladder, within_memory
+from support.memory import active_settings, ladder, within_memory
 
 
 def summary(folder):
@@ -154,7 +154,7 @@ def test_the_allocator_of_the_cpu_is_understood():
     def greedy(run):
         if run.progress.rung == 0:
             torch.empty(2**60, dtype=torch.uint8)
-        return run.active.batch_size
+        return active_settings(run).batch_size
 
     run = SimpleNamespace(settings=train.Settings(batch_size=2, compile=False), start_step=0,
                           machine=Machine(torch.device('cpu'), torch.float32, 0, 1, 'CPU', None),

@@ -137,7 +137,8 @@ def test_only_regrowing_weights_come_back(tiny, tmp_path, monkeypatch, regrow, b
     gradients = train.local_gradients
 
     def note(run):
-        masks.append({name: mask.clone() for name, mask in train.named_masks(run).items()})
+        now = train.named_masks(run.pruner)
+        masks.append({name: mask.clone() for name, mask in now.items()})
         return gradients(run)
 
     monkeypatch.setattr(train, 'local_gradients', note)

@@ -65,7 +65,8 @@ def keep_weights(run):
     name = os.path.basename(run.settings.out_dir)
     weights = {key: tensor.clone() for key, tensor in train.weights_of(run).items()}
     torch.save({'weights': weights, 'val_loss': run.progress.val_loss, 'step': run.progress.step,
-                'masks': train.named_masks(run)}, f'{folder}/{name}.pt')
+                'masks': train.named_masks(run.pruner) if run.pruner else {}},
+               f'{folder}/{name}.pt')
     return code
 
 def signal_self(run):

@@ -268,8 +268,8 @@ def test_resume_on_other_data(tiny, half, tmp_path):
     folder = make_data(tmp_path, texts=12, seed=1000)
     now = open_data(str(folder), 'tiny').fingerprint
     assert refusal(train.main, tiny(init_from='resume', lr_decay_iters=8, data_dir=folder)) == [
-        f'data in {folder} changed: fingerprint {now}, the run in {half} was trained on {then}; '
-        'restore that data, or start another run with another --out_dir']
+        f"fingerprint of the data='{now}': the run in {half} has fingerprint of the data='{then}'; "
+        'keep it, or start another run with another --out_dir']
 
 
 def test_resume_from_weights_only_or_from_a_damaged_checkpoint(tiny, half):
@@ -306,6 +306,9 @@ def test_resume_goes_on_from_the_checkpoint_before_a_damaged_one(
     (folder / 'last.pt').unlink()
     if damage == 'cut short':
         (folder / 'last.pt').write_bytes(whole[:-100])
+    before = files_of(folder)
+    assert train.main(tiny(**told, init_from=init_from, dry_run=True)) == 0
+    assert files_of(folder) == before
     capsys.readouterr()
     assert train.main(tiny(**told, init_from=init_from)) == 0
     problem = 'no checkpoint ' if damage == 'missing' else 'checkpoint '
