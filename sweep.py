@@ -10,7 +10,6 @@ config, summary and thinned metrics to results/NAME/RUN/.
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -60,22 +59,21 @@ def start(name, base, settings, folder, gpus):
     command += ['train.py', base, *(f'--{key}={value}' for key, value in settings.items())]
     command += [f'--out_dir={folder}', '--init_from=auto']
     environment = dict(os.environ)
+    where = ''
     if None not in gpus:
         environment['CUDA_VISIBLE_DEVICES'] = ','.join(map(str, gpus))
-    with open(f'{folder}.log', 'a') as log:
-        process = subprocess.Popen(command, cwd=HOME, env=environment, stdout=log, stderr=log)
-    where = '' if None in gpus else f' on GPU {gpus}'
+        where = f' on GPU {gpus}'
     print(f'{name}: started{where}; it says: {folder}.log', flush=True)
-    return process
+    with open(f'{folder}.log', 'a') as log:
+        return subprocess.Popen(command, cwd=HOME, env=environment, stdout=log, stderr=log)
 
 
 def run_all(base, runs, folders, s):
-    """Train what is not finished, until all are or the time is up. Returns {run: exit code}."""
+    """Train what is not finished, until all are or the time is up."""
     waiting = [name for name in runs if not is_finished(folders[name], runs[name])]
     free = list(range(s.gpus)) or [None]  # None: the device that the settings name
     running = {}  # run: (process, its GPUs)
-    codes = {}
-    deadline = time.monotonic() + s.time_limit if s.time_limit else float('inf')
+    deadline = time.monotonic() + (s.time_limit or math.inf)
     while (waiting or running) and time.monotonic() < deadline:
         while waiting and len(free) >= s.gpus_a_run:
             name = waiting.pop(0)
@@ -85,20 +83,18 @@ def run_all(base, runs, folders, s):
         for name in [name for name in running if running[name][0].poll() is not None]:
             process, gpus = running.pop(name)
             free += gpus
-            codes[name] = process.returncode
-            print(f'{name}: ended with exit code {codes[name]}', flush=True)
+            print(f'{name}: ended with exit code {process.returncode}', flush=True)
     for process, _ in running.values():
-        process.send_signal(signal.SIGTERM)
+        process.terminate()
     for name, (process, _) in running.items():
         told = 'the time is up'
         try:
-            process.wait(timeout=SAVING_SECONDS)
+            process.wait(SAVING_SECONDS)
         except subprocess.TimeoutExpired:
             process.kill()
+            process.wait()
             told = f'killed, because it had not saved after {SAVING_SECONDS} s'
-        codes[name] = process.wait()
         print(f'{name}: {told}; the same command continues it', flush=True)
-    return codes
 
 
 def keep_results(folder, place):
@@ -112,7 +108,7 @@ def keep_results(folder, place):
     records = read_metrics(os.path.join(folder, 'metrics.jsonl'))
     steps = [record['step'] for record in records if 'loss' in record]  # of training
     room = max(1, METRICS_KEPT - (len(records) - len(steps)))
-    left = set(steps[::-math.ceil(len(steps) / room) or 1])  # from the last backwards
+    left = set(steps[::-1 - len(steps) // room])  # from the last backwards
     kept = [record for record in records if 'loss' not in record or record['step'] in left]
     text = ''.join(json.dumps(record) + '\n' for record in kept)
     write_atomically(os.path.join(place, 'metrics.jsonl'), lambda f: f.write(text.encode()))
@@ -133,15 +129,15 @@ def main(argv):
     parent = os.path.join(os.path.abspath(s.out_dir), experiment)
     os.makedirs(parent, exist_ok=True)
     folders = {name: os.path.join(parent, name) for name in runs}
-    codes = run_all(base, runs, folders, s)
+    run_all(base, runs, folders, s)
     done = [name for name in runs if is_finished(folders[name], runs[name])]
     for name in done:
         keep_results(folders[name], os.path.join('results', experiment, name))
     if done:
         report.compare([folders[name] for name in done], [], os.path.join(parent, 'report.png'))
-    for name in [name for name in runs if name not in done]:
-        print(f'{name}: not finished (exit code {codes.get(name, "none: not started")})')
-    return 1 if len(done) < len(runs) else 0
+    if left := [name for name in runs if name not in done]:
+        print(f'not finished: {", ".join(left)}')
+    return 1 if left else 0
 
 
 if __name__ == '__main__':
