@@ -438,7 +438,7 @@ class GPT(nn.Module):
 
         One graph for both would hold all logits: the compiler puts the head's products first.
         """
-        # Float8's is traced whole, so nothing of it is missing in the key of the compile cache.
+        # The cache may key by float8's function: it is traced whole, so the key misses nothing.
         torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
         device = self.token_embedding.weight.device
         if self.config.windowed and device.type == 'cuda':
@@ -481,14 +481,14 @@ def load_model(run_dir, checkpoint):
                       'is of the best evaluation, in a pruned run from prune_end on')
     saved = load_checkpoint(path)
     known = {f.name for f in fields(GPTConfig)}
-    if differing := sorted(known ^ saved['model'].keys()):
+    told = saved['model']
+    if differing := sorted(known ^ told.keys()):
         print(f"note: {path} and this model.py do not both know {', '.join(differing)}: ignored, "
               'or left at the default', file=sys.stderr)
-    told = {name: value for name, value in saved['model'].items() if name in known}
     try:
         weights = {name: weight.float().contiguous()
                    for name, weight in unpack_weights(saved['weights']).items()}
-        config = GPTConfig(**told)
+        config = GPTConfig(**{name: told[name] for name in known & told.keys()})
         if config.n_layer > len(weights):
             raise ValueError(f'n_layer={config.n_layer}, and {len(weights)} tensors')
         with torch.device('meta'):  # no memory beyond that of the weights

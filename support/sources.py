@@ -241,17 +241,10 @@ def read_hub(settings):
 
 SOURCES = {
     'fineweb_edu': Source(
-        about='FineWeb-Edu, sample-10BT, or another --source of the Hugging Face hub',
-        read=read_hub,
-    ),
-    'text': Source(
-        about='files of your own, named by --input=FILES',
-        read=read_text,
-    ),
+        'FineWeb-Edu, sample-10BT, or another --source of the Hugging Face hub', read_hub),
+    'text': Source('files of your own, named by --input=FILES', read_text),
     'stdlib': Source(
-        about='documentation of your own Python, without network;',
-        read=read_stdlib,
+        'documentation of your own Python, without network;', read_stdlib,
         # Of few documents 0.5% would be too little to evaluate on.
-        defaults=('--tokenizer=bytes', '--val_fraction=0.05'),
-    ),
+        defaults=('--tokenizer=bytes', '--val_fraction=0.05')),
 }
