@@ -65,7 +65,7 @@ def load_checkpoint(path):
 
 
 def outline(content):
-    """Checksum of the names, types, shapes and plain values; the zip has those of tensors.
+    """Checksum of names, types, shapes and plain values but itself; the zip has those of tensors.
 
     ValueError: a tensor that repeats a few numbers many times.
     """
@@ -98,10 +98,11 @@ def pack(tensor, mask):
 
 def unpack(packed):
     """The tensor of pack, to the bit, +0 where pruned."""
-    shape, values = packed['shape'], packed['values']
+    shape = packed['shape']
     bits = np.unpackbits(packed['bits'].numpy())[:math.prod(shape)]
     mask = torch.from_numpy(bits.reshape(shape)).bool()  # ValueError: too few for this shape
-    return torch.zeros(shape, dtype=values.dtype).masked_scatter_(mask, values)
+    out = torch.zeros(shape, dtype=packed['values'].dtype)
+    return out.masked_scatter_(mask, packed['values'])
 
 
 def pack_weights(weights, masks, dtype):
@@ -172,7 +173,7 @@ class RunLog:
                 self.say(f'WARNING: tracker={tracker} is not available ({type(error).__name__}: '
                          f'{error}); metrics.jsonl has it all')
 
-    def say(self, line=''):
+    def say(self, line):
         if self.write:
             try:
                 print(line, flush=True)
@@ -214,7 +215,7 @@ class RunLog:
 
 
 def tracker_name(out_dir, anew):
-    """What a tracker calls the run: that of its folder and a number, the same after a resume."""
+    """What a tracker calls the run: its folder and a number, which a resumed run keeps."""
     path = os.path.join(out_dir, 'tracker_name')
     if anew or not os.path.exists(path):
         name = f'{os.path.basename(os.path.abspath(out_dir))}-{secrets.token_hex(4)}'
@@ -263,7 +264,7 @@ def metrics_lines(path):
 
 
 def record_of(line):
-    """The record of a line, None if it is damaged. Lines of earlier versions have no checksum."""
+    """The record of a line, None if it is damaged. The lines of results/ have no checksum."""
     text, has_checksum, _ = line.rpartition(b', "crc": ')
     try:
         record = json.loads(line)

@@ -119,8 +119,12 @@ def convert(key, value, kind):
     """`value` as `kind`, or ValueError. The command line gives text, a config file other types."""
     if isinstance(value, str) and '\0' in value:
         raise ValueError(f'{key}={value!r} has a NUL, which no name can have')
-    if choices := get_args(kind):
-        return to_choice(key, value, choices)
+    if choices := get_args(kind):  # such as 'hf:PATH', which stands for 'hf:' and any text after it
+        pattern = '|'.join(map(re.escape, choices)).replace('PATH', '.+')
+        if not re.fullmatch(pattern, str(value)):
+            hint = did_you_mean(value, choices)
+            raise ValueError(f"{key}={value!r} is not one of {', '.join(choices)}{hint}")
+        return value
     found = value
     if kind is Path and isinstance(value, str):
         return os.path.expanduser(value)
@@ -136,16 +140,6 @@ def convert(key, value, kind):
     if type(found) is not kind or (kind is float and not math.isfinite(found)):
         raise ValueError(f'{key}={value!r} is not {WANTED[kind]}')
     return found
-
-
-def to_choice(key, value, choices):
-    """One of the choices. A choice such as 'hf:PATH' stands for 'hf:' and any text after it."""
-    for choice in choices:
-        pattern = re.escape(choice).replace('PATH', '.+')
-        if re.fullmatch(pattern, str(value)):
-            return value
-    hint = did_you_mean(value, choices)
-    raise ValueError(f"{key}={value!r} is not one of {', '.join(choices)}{hint}")
 
 
 # --- all of them ----------------------------------------------------------------------------------

@@ -544,6 +544,13 @@ def test_a_resumed_run_has_the_same_name_in_the_tracker_and_a_new_one_another(
     assert first == again != anew and began.count('finished') == 3
 
 
+def test_a_name_that_cannot_be_read_ends_the_tracker_alone(tmp_path):
+    (tmp_path / 'tracker_name').write_bytes(b'run-\xff')
+    log = RunLog(str(tmp_path), tracker='wandb', config={}, keep_until=0)
+    log.close()
+    assert 'tracker=wandb is not available (Unicode' in (tmp_path / 'train.log').read_text()
+
+
 def test_a_tracker_that_does_not_answer_holds_nothing_up(tmp_path, monkeypatch):
     answer = threading.Event()
     monkeypatch.setattr(rundir, 'TRACKER_PATIENCE', 0.1)
