@@ -8,6 +8,7 @@ import difflib
 import inspect
 import itertools
 import math
+import re
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 
@@ -79,8 +80,8 @@ INPUTS = {  # argument of a score -> that of score() which it is made of
 
 
 def inputs_of(name):
-    """The arguments of score() that the score `name` is computed from."""
-    return {INPUTS[argument] for argument in inspect.signature(SCORES[name]).parameters}
+    """{argument of the score `name`: that of score() which it is made of}."""
+    return {argument: INPUTS[argument] for argument in inspect.signature(SCORES[name]).parameters}
 
 
 def score(name: str, weight: Tensor, exp_avg: Tensor | None, exp_avg_sq: Tensor | None, *,
@@ -95,10 +96,10 @@ def score(name: str, weight: Tensor, exp_avg: Tensor | None, exp_avg_sq: Tensor 
     given = dict(weight=weight, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, initial=initial,
                  tracker=tracker)
     inputs = {}
-    for argument in inspect.signature(SCORES[name]).parameters:
-        value = given[INPUTS[argument]]
+    for argument, source in inputs_of(name).items():
+        value = given[source]
         if value is None:
-            raise ValueError(f'score {name!r} needs {INPUTS[argument]}=')
+            raise ValueError(f'score {name!r} needs {source}=')
         inputs[argument] = value.detach().float() if torch.is_tensor(value) else value
     if 'm_hat' in inputs:
         if step < 1:
@@ -117,9 +118,7 @@ def track(tracker, update):
     """
     u = update.float()
     if not tracker:
-        tracker.update(count=1, last=u, average=u.clone(), size=u.abs())
-        tracker.update(flip=u.new_zeros(()), cos_dir=u.new_ones(()), jitter=u.new_zeros(()))
-        return
+        tracker.update(count=0, last=u, average=torch.zeros_like(u), size=u.abs())
     distance = (u.abs() - tracker['size']).abs().mean()
     tracker['flip'] = (u.sign() * tracker['last'].sign() < 0).float().mean()
     tracker['cos_dir'] = cosine(u, tracker['average']).clamp(min=0)
@@ -196,25 +195,18 @@ def select_2_4(scores: Tensor) -> Tensor:
 def ranked(scores, factor):
     """Scores in the same order, even between 0 and 1 / factor, -inf as it is: of matrices ranked so
     select takes shares that are to each other as their factors."""
-    order = sort_keys(scores).argsort(stable=True)
-    places = torch.arange(len(order), device=order.device, dtype=torch.float64)
-    ranks = torch.empty_like(places).index_copy_(0, order, places)
-    even = ((ranks + 0.5) / (len(order) * factor)).float().view(scores.shape)
+    ranks = sort_keys(scores).argsort(stable=True).argsort().double()  # (n,)
+    even = ((ranks + 0.5) / (len(ranks) * factor)).float().view(scores.shape)
     return even.masked_fill_(scores == -math.inf, -math.inf)
 
 
 def layer_factors(names):
-    """Of bitter4: 0.7 for parameters in the first layer to 1.3 in the last."""
-    layers = [depth(name) for name in names]
+    """Of bitter4: 0.7 in the first layer to 1.3 in the last. The layer is the number in a name, as
+    in blocks.3.mlp; a name without one comes first, because it is mostly the embedding."""
+    numbers = [re.search(r'\b\d+\b', name) for name in names]
+    layers = [int(number[0]) if number else -1 for number in numbers]
     span = max(layers) - min(layers) or 1
     return [0.7 + 0.6 * (layer - min(layers)) / span for layer in layers]
-
-
-def depth(name):
-    """Number of the layer in a parameter's name, such as 3 in blocks.3.mlp; -1 without one,
-    because what lies outside the layers is mostly the embedding, which comes first."""
-    numbers = [int(part) for part in name.split('.') if part.isdigit()]
-    return numbers[0] if numbers else -1
 
 
 # --- schedules ------------------------------------------------------------------------------------
@@ -242,13 +234,12 @@ def sparsity_at(step, schedule, target, start, end, interval):
 @dataclass(eq=False)
 class Pruner:
     """Prunes the matrices that any torch.optim.Optimizer trains: call step() after each of its
-    steps, before zero_grad().
+    steps, before zero_grad(). ValueError: what cannot be done.
 
     The scope is all parameters of two or more dimensions that have a gradient at the first step(),
     except in groups with prune=False. The step() that completes update n = start + k * interval, or
     n = end, chooses masks, so that after n updates the share sparsity_at(n, ...) of the scope is 0.
-    From `end` on masks stay; '2:4' without regrow prunes all at `start`. ValueError: what cannot be
-    done.
+    From `end` on masks stay; '2:4' without regrow prunes all at `start`.
     """
     optimizer: torch.optim.Optimizer
     _: KW_ONLY
@@ -268,12 +259,12 @@ class Pruner:
     hooked: bool = True  # False: the caller calls put_back() before each update
 
     def __post_init__(self):
-        if self.score == 'zeros':  # the first step() chooses the masks, and target_sparsity
+        if self.score == 'zeros':  # the first step() chooses, and nothing else has a say in it
             self.start, self.end = 0, 1
         for_good = self.pattern == '2:4' and not self.regrow
         self.last = self.start if for_good else self.end  # updates to the final masks
         self.named = named_matrices(self.optimizer)  # {name: parameter}, see fix_scope
-        self.floor = {'bitter4': 0.05, 'zeros': 0.0}.get(self.score, FLOOR)
+        self.floor = 0.05 if self.score == 'bitter4' else FLOOR
         self.check()
         self.updates = 0
         self.masked_at = -1  # updates done when masks were last chosen
@@ -282,7 +273,7 @@ class Pruner:
         self.dense = {}  # weights without mask, while they may regrow
         self.trackers = {}
         self.initial = {}
-        if 'initial' in inputs_of(self.score):
+        if 'w0' in inputs_of(self.score):
             self.initial = {p: p.detach().clone() for p in self.named.values()}
         self.hook()
 
@@ -313,14 +304,12 @@ class Pruner:
         require(self.score != 'bitter10' or self.allow_extra_memory,
                 "score='bitter10' keeps three more numbers a weight; allow it by "
                 "allow_extra_memory=True, or use 'bitter10z', which does without")
-        require(self.score != 'zeros' or self.allocation == 'global',
-                "score='zeros' with allocation='layer' would prune other weights; leave one out")
         require(self.named, 'there is nothing to prune: no matrix requires a gradient and is in a '
                 'group without prune=False')
         require(not any(p.is_complex() for p in self.named.values()),
                 'complex parameters have no order; prune their torch.view_as_real')
-        sizes = [p.numel() for p in self.named.values()]
         if self.pattern == 'unstructured':
+            sizes = [p.numel() for p in self.named.values()]
             most_that_can_go(sizes, self.target_sparsity, self.floor)
             return
         require(self.target_sparsity == 0.5,
@@ -378,7 +367,7 @@ class Pruner:
         if not self.named:
             raise ValueError('Pruner: no matrix has a gradient; call step() after optimizer.step() '
                              'and before zero_grad()')
-        needed = inputs_of(self.score)
+        needed = set(inputs_of(self.score).values())
         for p in self.named.values():
             missing = sorted(needed & {'exp_avg', 'exp_avg_sq'} - self.state_of(p).keys())
             if missing:
@@ -388,9 +377,6 @@ class Pruner:
             self.masks[p] = torch.ones_like(p, dtype=torch.bool)
             if 'tracker' in needed:
                 self.trackers[p] = {}
-        if self.score == 'zeros':
-            zeros = sum((self.initial[p] == 0).sum() for p in self.masks)
-            self.target_sparsity = zeros.item() / self.scope_size
 
     def state_of(self, p):
         return self.optimizer.state.get(p, {})
@@ -401,27 +387,26 @@ class Pruner:
 
     def is_due(self):
         """Whether a choice of masks is due, or overdue because `hold` was true."""
-        n = self.updates
-        if n < self.start:
-            return False
-        due = self.last if n >= self.last else n - (n - self.start) % self.interval
-        return due > self.masked_at
+        due = min(self.updates, self.last)
+        if due < self.last:
+            due -= (due - self.start) % self.interval
+        return due >= self.start and due > self.masked_at
 
     def choose_masks(self):
         """New masks by the weights and moments as they are."""
         self.masked_at = self.updates
-        sparsity = self.target_sparsity
-        if self.pattern == 'unstructured':
-            sparsity = sparsity_at(self.updates, self.schedule, sparsity, self.start, self.end,
-                                   self.interval)
-        self.pruned = round(sparsity * self.scope_size)
-        if self.pruned == 0:
-            return
-        scores = self.scores()
-        if self.pattern == '2:4':
-            masks = [select_2_4(s) for s in scores]
+        if self.score == 'zeros':
+            masks = [self.initial[p] != 0 for p in self.masks]
+            self.pruned = sum((~mask).sum() for mask in masks).item()
+            self.initial.clear()
+        elif self.pattern == '2:4':
+            masks = [select_2_4(s) for s in self.scores()]
+            self.pruned = self.scope_size // 2
         else:
-            masks = select(scores, sparsity, self.floor)
+            sparsity = sparsity_at(self.updates, self.schedule, self.target_sparsity, self.start,
+                                   self.end, self.interval)
+            masks = select(self.scores(), sparsity, self.floor)
+            self.pruned = round(sparsity * self.scope_size)
         torch._foreach_copy_(list(self.masks.values()), masks)
 
     def scores(self):
@@ -442,13 +427,9 @@ class Pruner:
 
     def apply_masks(self):
         """Zero what is pruned; while it may regrow, keep the weights as they are in `dense`."""
-        if self.frozen:
-            self.dense.clear()
-            self.initial.clear()
-        elif self.regrow:
-            self.dense = self.dense or {p: torch.empty_like(self.weight_of(p)) for p in self.masks}
-            for p, dense in self.dense.items():
-                dense.copy_(self.weight_of(p))
+        if self.regrow and not self.frozen:
+            # They are in it still if a GradScaler skipped the optimizer's step.
+            self.dense = self.dense or {p: self.weight_of(p).clone() for p in self.masks}
         for p, mask in self.masks.items():
             for weight in {p, self.weight_of(p)}:
                 weight.masked_fill_(~mask, 0)
@@ -460,6 +441,7 @@ class Pruner:
             self.weight_of(p).copy_(dense)
             if self.srste and p.grad is not None:
                 p.grad.add_((self.srste * dense).masked_fill_(self.masks[p], 0))
+        self.dense = {}
 
     def state_dict(self) -> dict:
         """Numbers, and tensors by the parameters' names; not copied."""

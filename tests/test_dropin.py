@@ -149,7 +149,7 @@ def test_distributed_checkpoint_keeps_all_state(kind, flat):
 
 @pytest.mark.filterwarnings('ignore')
 @pytest.mark.parametrize('kind', KINDS)
-@pytest.mark.parametrize('split', [2, 11, 22])
+@pytest.mark.parametrize('split', [2, 11, 24])
 def test_distributed_checkpoint_on_the_disk(kind, split, tmp_path):
     """It loads what a new optimizer has an entry for, which the dense weights are not."""
     first = module()

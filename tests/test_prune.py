@@ -298,9 +298,10 @@ def test_bitter4_takes_more_from_late_layers():
     assert len(set(prune.layer_factors(names[:1] * 3))) == 1
 
 
-def test_depth_is_the_number_of_the_layer():
-    names = ('token_embedding.weight', 'blocks.11.mlp.fc.weight', 'transformer.h.3.attn', '7')
-    assert [prune.depth(name) for name in names] == [-1, 11, 3, 7]
+def test_the_layer_is_the_number_in_a_name():
+    names = ('norm2.weight', 'blocks.11.mlp2.4.weight', 'transformer.h.3.attn', '7')
+    expected = [0.7 + 0.6 * (layer + 1) / 12 for layer in (-1, 11, 3, 7)]
+    assert prune.layer_factors(names) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize('schedule, rise', [('linear', lambda t: t),
