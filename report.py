@@ -133,15 +133,7 @@ def varied(folder):
     """What experiments/NAME.py, for a run in .../NAME/RUN, says is varied on purpose."""
     name = os.path.basename(os.path.dirname(os.path.abspath(folder)))
     path = os.path.join('experiments', f'{name}.py')
-    return read_experiment(path).get('varied', ()) if os.path.exists(path) else ()
-
-
-def read_experiment(path):
-    """What an experiment file assigns; Refused if it cannot be read."""
-    try:
-        return read_config(path)
-    except ValueError as error:
-        raise Refused(str(error)) from None
+    return read_config(path).get('varied', ()) if os.path.exists(path) else ()
 
 
 def unfair(runs, varied=()):
@@ -215,20 +207,10 @@ def methods(arms):
             for method, of_method in points.items()}
 
 
-def sparsity_grid(run):
-    """(names of a block's matrices, their sparsity (layers, matrices)); empty if not pruned."""
-    shares = defaultdict(list)  # name of a matrix: its sparsity in each layer
-    for name, share in run.told.get('sparsity_by_layer', {}).items():
-        if name.startswith('blocks.'):
-            label = name.removesuffix('.weight').split('.', 2)[-1].replace('.', '\n', 1)
-            shares[label.replace('attention', 'attn')].append(share)
-    return list(shares), np.array(list(shares.values())).T
-
-
 def picture(arms, curves=''):
     """A matplotlib Figure: perplexity over sparsity; losses, difference to the first run, sparsity
     and learning rate over tokens, of the runs named in `curves`; beside them the sparsity of each
-    matrix of the first pruned runs."""
+    matrix of the first pruned one."""
     import matplotlib.figure
 
     matplotlib.rcParams['font.size'] = FONT
@@ -247,13 +229,15 @@ def picture(arms, curves=''):
     for label in ('perplexity', 'minus the first', 'sparsity'):
         if not any(curve[1].any() for curve in panels[label].values()):
             del panels[label]
-    height = 3 + sum(map(HEIGHTS.get, panels)) / 2  # inches
-    figure = matplotlib.figure.Figure(figsize=(12.5, height), dpi=120, layout='constrained')
-    left = figure
-    if pruned := {f'C{i}': run for i, run in enumerate(runs) if sparsity_grid(run)[0]}:
-        left, right = figure.subfigures(1, 2, width_ratios=(3, 1), wspace=0.02)
-        draw_maps(right, pruned)
-    axes = draw_panels(left, panels)
+    pruned = [run for run in runs if run.told.get('sparsity_by_layer')]
+    beside = ['map'] if pruned else []
+    heights = [HEIGHTS[label] for label in panels]
+    figure = matplotlib.figure.Figure((12.5, 3 + sum(heights) / 2), 120, layout='constrained')
+    axes = figure.subplot_mosaic([[label, *beside] for label in panels], height_ratios=heights,
+                                 width_ratios=[4, 1][:1 + len(beside)])
+    if pruned:
+        draw_map(axes['map'], pruned[0])
+    draw_panels(axes, panels)
     if len(runs) <= 3:  # training losses of more cannot be told apart
         axes['validation loss'].set_ylabel('loss (dots: validation, thin: training)')
         for i, run in enumerate(runs):
@@ -264,16 +248,15 @@ def picture(arms, curves=''):
     return figure
 
 
-def draw_panels(figure, panels):
-    """Panels of curves, one below the other: {label: axis}. panels: {label: {name: curve}}."""
-    axes = figure.subplot_mosaic([[label] for label in panels],
-                                 height_ratios=list(map(HEIGHTS.get, panels)))
-    for label, axis in axes.items():
+def draw_panels(axes, panels):
+    """Curves, a panel above the other. axes: {label: axis}; panels: {label: {name: curve}}."""
+    for label, curves in panels.items():
+        axis = axes[label]
         axis.set_ylabel(label)
         axis.grid(alpha=0.25)
         axis.spines[['top', 'right']].set_visible(False)
         marker = 'o' if label in ('perplexity', 'validation loss') else ''
-        for i, curve in enumerate(panels[label].values()):
+        for i, curve in enumerate(curves.values()):
             axis.errorbar(*curve, color=f'C{i}', marker=marker, markersize=3)
         if label == 'perplexity':
             axis.set_xlabel('share of the prunable weights that is gone')
@@ -281,9 +264,7 @@ def draw_panels(figure, panels):
         elif label != 'learning rate':
             axis.sharex(axes['learning rate'])
             axis.tick_params(labelbottom=False)
-    axis.ticklabel_format(axis='y', style='sci', scilimits=(0, 0))
     axis.set_xlabel('training tokens (millions)')
-    return axes
 
 
 def label_ends(axis, names):
@@ -309,21 +290,19 @@ def label_ends(axis, names):
                       annotation_clip=False, parse_math=False)  # a name may hold a '$'
 
 
-def draw_maps(figure, pruned):
-    """Heat maps of the sparsity of each matrix, a row a layer. pruned: {color: Run}."""
-    shown = list(pruned.items())[:3]
-    grids = [sparsity_grid(run) for _, run in shown]
-    low = min(grid.min() for _, grid in grids)
-    high = max(grid.max() for _, grid in grids)
-    axes = figure.subplots(len(shown), squeeze=False)[:, 0]
-    for (color, run), (names, grid), axis in zip(shown, grids, axes):
-        image = axis.imshow(grid, aspect='auto', cmap='YlGnBu', vmin=low, vmax=high)
-        axis.set_title(run.name, fontsize=FONT, color=color, parse_math=False)
-        axis.set_xticks(range(len(names)), names)
-        axis.yaxis.get_major_locator().set_params(integer=True)
-        axis.set_ylabel('layer')
-    figure.colorbar(image, ax=axes, location='bottom', format=lambda share, _: f'{share:.1%}',
-                    label=f'sparsity of a matrix, {len(shown)} of {len(pruned)} pruned runs')
+def draw_map(axis, run):
+    """A heat map of the sparsity of each matrix of the blocks, a row a layer."""
+    columns = defaultdict(list)  # name of a matrix: its sparsity in each layer
+    for name, share in run.told['sparsity_by_layer'].items():
+        if name.startswith('blocks.'):
+            matrix = name.removesuffix('.weight').split('.', 2)[-1]
+            columns[matrix.replace('attention', 'attn').replace('.', '\n')].append(share)
+    image = axis.imshow(np.array(list(columns.values())).T, aspect='auto', cmap='YlGnBu')
+    axis.set_title(run.name, fontsize=FONT, parse_math=False)
+    axis.set_xticks(range(len(columns)), columns)
+    axis.yaxis.get_major_locator().set_params(integer=True)
+    axis.set_ylabel('layer')
+    axis.figure.colorbar(image, ax=axis, format='{x:.1%}', label='sparsity of a matrix')
 
 
 def compare(folders, options, plot=''):

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import report
 from support.files import read_json, write_atomically, write_json
 from support.rundir import exit_reason, read_metrics
-from support.settings import Path, Refused, arguments, help_text, parse, run_command
+from support.settings import Path, Refused, arguments, help_text, parse, read_config, run_command
 
 HOME = os.path.dirname(os.path.abspath(__file__))
 METRICS_KEPT = 200  # lines of a run's metrics in results/
@@ -35,7 +35,7 @@ class SweepSettings:
 
 def read_experiment(path):
     """(name, base preset, {run: {setting: value}}) of an experiment file."""
-    told = report.read_experiment(path)
+    told = read_config(path)
     if 'base' not in told or not isinstance(told.get('runs'), dict):
         raise Refused(f'{path} must assign base, a preset, and runs = {{name: {{setting: value}}}}')
     common = told.get('common', {})

@@ -146,7 +146,7 @@ def convert(key, value, kind):
 
 
 def read_config(path):
-    """The settings a config file assigns; ValueError if it cannot be read or run.
+    """The settings a config file assigns; Refused if it cannot be read or run.
 
     Names with a leading underscore, functions and imports are the file's own business.
     """
@@ -154,7 +154,7 @@ def read_config(path):
         names = runpy.run_path(regular(path), run_name='config')
     except (Exception, SystemExit) as error:  # whatever the file's code raises
         reason = f'{type(error).__name__}: {error}'
-        raise ValueError(f"config file '{path}' cannot be read: {reason}") from None
+        raise Refused(f"config file '{path}' cannot be read: {reason}") from None
     return {
         key: value for key, value in names.items()
         if not key.startswith('_') and not callable(value) and not inspect.ismodule(value)
@@ -214,8 +214,8 @@ def parse(cls, argv, config_files=True):
             try:
                 for key, value in read_config(argument).items():
                     assign(argument, key, value)
-            except ValueError as error:
-                problems.append(str(error))
+            except Refused as refused:
+                problems += refused.problems
         else:
             forms = 'config/FILE.py or --key=value' if config_files else '--key=value'
             problems.append(f"command line: '{argument}' is not of the form {forms}")

@@ -324,17 +324,16 @@ def test_labels_stand_level_with_their_ends_and_do_not_overlap(run):
     assert [text.get_color() for text in axis.texts] == [line.get_color() for line in axis.lines]
 
 
-def test_maps_show_the_sparsity_of_each_matrix(run):
-    pruned = [run(f'p{i}', sparsity=0.2 + 0.1 * i) for i in range(4)]
-    figure = drawn(run('dense'), *pruned)
-    maps = [axis for axis in figure.axes if axis.get_ylabel() == 'layer']
-    assert [axis.get_title() for axis in maps] == ['p0', 'p1', 'p2']
-    grid = maps[1].images[0].get_array()
+def test_map_shows_the_sparsity_of_each_matrix_of_the_first_pruned_run(run):
+    pruned = [run(f'p{i}', sparsity=0.2 + 0.1 * i) for i in range(3)]
+    axis = axis_of(drawn(run('dense'), *pruned), 'layer')
+    assert axis.get_title() == 'p0'
+    axis = axis_of(drawn(run('also_dense'), *pruned, curves='p1,p2'), 'layer')
+    assert axis.get_title() == 'p1'
+    grid = axis.images[0].get_array()
     assert grid.shape == (3, 4) and grid[2, 3] == pytest.approx(0.3 + 0.02 + 0.003)
-    columns = [label.get_text() for label in maps[0].get_xticklabels()]
+    columns = [label.get_text() for label in axis.get_xticklabels()]
     assert columns == ['attn\nqkv', 'attn\nproj', 'mlp\nfc', 'mlp\nproj']
-    assert len({axis.images[0].get_clim() for axis in maps}) == 1
-    assert 'sparsity of a matrix, 3 of 4 pruned runs' in [axis.get_xlabel() for axis in figure.axes]
 
 
 def test_names_are_shown_as_they_are(run, tmp_path):
@@ -369,16 +368,12 @@ def test_same_names_become_paths(run, tmp_path, capsys):
     assert list(rows(capsys.readouterr().out)) == [f'{tmp_path}/a', f'{tmp_path}/deep/a']
 
 
-def test_maps_of_several_depths_and_attentions_have_labels_of_their_own(run):
+def test_map_of_another_depth_and_attention_has_labels_of_its_own(run):
     latent = ('attention.q', 'attention.key_up', 'mlp.fc')
-    figure = drawn(run('deep', sparsity=0.5, layers=5),
-                   run('latent', sparsity=0.6, matrices=latent))
-    deep, other = [axis for axis in figure.axes if axis.get_ylabel() == 'layer']
-    assert deep.images[0].get_array().shape == (5, 4)
-    assert other.images[0].get_array().shape == (3, 3)
-    assert [label.get_text() for label in deep.get_xticklabels()] == [
-        'attn\nqkv', 'attn\nproj', 'mlp\nfc', 'mlp\nproj']
-    assert [label.get_text() for label in other.get_xticklabels()] == [
+    others = run('dense', layers=5), run('pruned', sparsity=0.5)
+    axis = axis_of(drawn(run('latent', sparsity=0.6, layers=2, matrices=latent), *others), 'layer')
+    assert axis.images[0].get_array().shape == (2, 3)
+    assert [label.get_text() for label in axis.get_xticklabels()] == [
         'attn\nq', 'attn\nkey_up', 'mlp\nfc']
 
 
