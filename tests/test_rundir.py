@@ -151,6 +151,14 @@ def test_checkpoint_in_a_folder_that_is_gone_or_full_of_others(tmp_path):
     assert os.listdir(tmp_path) == ['last.pt']
 
 
+def test_folder_in_the_place_of_the_previous_checkpoint_is_named(tmp_path):
+    save_checkpoint(str(tmp_path / 'last.pt'), content())
+    (tmp_path / 'previous.pt').mkdir()
+    [problem] = refusal(save_checkpoint, str(tmp_path / 'last.pt'), content(), 'previous.pt')
+    assert f"Is a directory: '{tmp_path}/last.pt' -> '{tmp_path}/previous.pt'" in problem
+    assert load_checkpoint(str(tmp_path / 'last.pt'))['step'] == 4
+
+
 def test_missing_checkpoint_and_one_of_another_format(tmp_path):
     path = str(tmp_path / 'last.pt')
     assert refusal(load_checkpoint, path) == [
@@ -205,8 +213,8 @@ def test_disk_that_fills_while_training(tiny, tmp_path, monkeypatch, capsys):
         run_command(train.main)
     assert ended.value.code == 2
     assert capsys.readouterr().err == (
-        f'refused:\n  - {tmp_path}/run/last.pt could not be written (No space left on device); the '
-        'previous checkpoint stays\n')
+        f'refused:\n  - {tmp_path}/run/last.pt could not be written ([Errno 28] No space left on '
+        f"device: '{tmp_path}/run/last.pt'); the previous checkpoint stays\n")
     assert load_checkpoint(str(tmp_path / 'run' / 'last.pt'))['step'] == 2
     assert sorted(os.listdir(tmp_path / 'run')) == ['config.json', 'last.pt', 'metrics.jsonl',
                                                     'train.log']
