@@ -188,9 +188,8 @@ class CausalAttention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         if self.alpha is not None:
             return reciprocal_attention(q, k, v, self.alpha, self.window, dropout)
-        grouped = k.size(1) < q.size(1)
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True,
-                                              enable_gqa=grouped)
+                                              enable_gqa=k.size(1) < q.size(1))
 
 
 def attend_to_cache(q, k, v, cache, places, scale=None):

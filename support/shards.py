@@ -209,17 +209,16 @@ def open_data(data_dir, dataset):
            '(python prepare.py --help lists the sources)')
     if not os.path.isdir(folder):
         raise Refused(f"dataset='{dataset}': folder {folder} does not exist; {fix}")
-    meta = read_meta(folder)
-    if not meta and os.path.exists(os.path.join(folder, 'meta.pkl')):
+    told = read_meta(folder)
+    if not told and os.path.exists(os.path.join(folder, 'meta.pkl')):
         raise Refused(f'{folder}/meta.pkl: these tokens are characters, not of GPT-2; prepare the '
                       f'text itself: python prepare.py text --input={folder}/input.txt '
                       '--tokenizer=bytes --name=NAME')
-    meta = meta or dict(name='unlabelled', tokenizer='gpt2', fingerprint=None)
-    if 'fingerprint' not in meta:
+    if told and 'fingerprint' not in told:
         raise Refused(f'{folder}: preparation has not finished; run the same command again, which '
                       'continues')
-    name = meta['name']
-    tokenizer = meta['tokenizer']
+    name = told['name'] if told else 'unlabelled'
+    tokenizer = told['tokenizer'] if told else 'gpt2'
     train, val = open_splits(folder, tokenizer)
     for stream in (train, val):
         if stream.tokens == 0:
@@ -230,9 +229,9 @@ def open_data(data_dir, dataset):
                       f'lack of one); write --dataset={name} to train on it, or give the '
                       f'--data_dir of {dataset}')
     fingerprint = fingerprint_of(train, val)
-    if meta['fingerprint'] not in (None, fingerprint):
+    if told and fingerprint != told['fingerprint']:
         raise Refused(f'{folder}: the shards have changed since they were prepared: fingerprint '
-                      f"{fingerprint}, meta.json says {meta['fingerprint']}; copy the folder "
+                      f"{fingerprint}, meta.json says {told['fingerprint']}; copy the folder "
                       'again, or delete it and prepare the data again')
     return Data(name, tokenizer, VOCABULARY[tokenizer], fingerprint, train, val)
 
@@ -255,8 +254,6 @@ def window_order(positions, windows, seed):
     network over the next power of four, walked along its cycle until it lands below `windows`
     (Black and Rogaway, CT-RSA 2002). Integer arithmetic makes it the same with every NumPy.
     """
-    if windows < 1:
-        raise ValueError(f'{windows} windows: nothing to draw from')
     positions = np.asarray(positions, np.int64)
     epoch, value = np.divmod(positions.ravel(), windows)
     value = value.astype(np.uint64)
