@@ -45,8 +45,7 @@ class Settings:
     device: str = 'auto'  # auto, cpu, cuda or cuda:N (ROCm's too); auto: GPU if there is one
     dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'  # of the matrices; auto: by device
     compile: bool = True  # torch.compile; proven after the first steps
-    activation_budget: float = 1.0  # share of activations kept for the backward
-    # the compiler computes the rest again
+    activation_budget: float = 1.0  # share of activations kept; the rest is computed again
     dry_run: bool = False  # check everything, print the preflight table, write nothing
     deterministic: bool = False  # bit-identical repetition on a GPU, slower; on a CPU always
     tracker: Literal[*TRACKERS] = 'none'  # besides metrics.jsonl; its failure never stops a run
@@ -92,8 +91,7 @@ class Settings:
     target_sparsity: float = 0.5  # share of the scope's weights that is pruned in the end
     prune_scope: Literal[*optim.PRUNE_SCOPES] = 'blocks'  # their matrices; with the tied embedding
     prune_allocation: Literal['global', 'layer'] = 'global'  # one threshold; each matrix alike
-    prune_lr_power: float = 0.0  # learning rate of the pruned over density^this
-    # 1: sparse muP, arXiv 2405.15743
+    prune_lr_power: float = 0.0  # rate of the pruned over density^this; 1: arXiv 2405.15743
     prune_schedule: Literal[*prune.SCHEDULES] = 'zhu_gupta'  # fast first (arXiv 1710.01878)
     prune_start: int = 15_000  # update at which the ramp begins
     prune_end: int = 47_500  # update at which it ends and the masks are frozen
@@ -136,11 +134,11 @@ class Run:
     log: RunLog = None
     stop_signal: int = 0  # or SIGUSR1, that only saves
     saved_sparsity: dict = field(default_factory=dict)  # what a summary says, of last.pt
-    graphs: tuple = (0, 0)  # (compiled graphs, graph breaks) when last looked at
     start_step: int = 0  # where this session began
     began: float = field(default_factory=time.monotonic)
-    mark: float = field(default_factory=time.monotonic)  # time of the last log step, moved on by
-    mark_step: int = 0  # what evaluation and saving took
+    mark_step: int = 0  # of the last log line
+    mark: float = field(default_factory=time.monotonic)  # its time and what pauses took since
+    graphs: tuple = (0, 0)  # (compiled graphs, graph breaks) when last looked at
     speed: dict = field(  # the latest
         default_factory=lambda: dict.fromkeys(('tokens_per_second', 'milliseconds', 'mfu')))
     peaks: list = field(default_factory=list)  # of memory, up to each log line
@@ -173,7 +171,8 @@ def one_step(run):
     loss = within_memory(run, local_gradients)
     ranks.combine(run, [*(flat.grads for flat in run.flats), loss])  # sums, of each rank's shares
     norm = optim.gradient_norm(run.flats)
-    note_bad_step(run, loss, norm)
+    is_first_bad = (run.bad_step < 0) & ~(norm.isfinite() & loss.isfinite())
+    run.bad_step = torch.where(is_first_bad, run.progress.step, run.bad_step)
     limit = run.settings.grad_clip or math.inf
     clip = (limit / (norm + 1e-6)).clamp(max=1.0)  # as in torch's clip_grad_norm_
     optim.scale_gradients(run.flats, clip, run.bad_step < 0, fused(run))
@@ -239,13 +238,6 @@ def inputs_and_targets(device, stream, windows, T):
     if device.type == 'cuda':
         tokens = tokens.pin_memory().to(device, non_blocking=True)
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-
-
-def note_bad_step(run, loss, norm):
-    """Remember the first step whose loss or gradient is not finite; read at the next log step."""
-    finite = norm.isfinite() & loss.isfinite()
-    is_first = (run.bad_step < 0) & ~finite
-    run.bad_step = torch.where(is_first, run.progress.step, run.bad_step)
 
 
 def learning_rate(s, step):
@@ -382,9 +374,8 @@ def log_step(run, loss, norm):
     seconds = max(1e-9, now - run.mark) / (p.step - run.mark_step)  # a step; clocks may stand
     run.mark, run.mark_step = now, p.step
     rate = effective_batch(s) * s.block_size / seconds
-    mfu = None
-    if m.peak_flops:
-        mfu = rate * run.model.flops_per_token() / (m.peak_flops * m.world)
+    flops = rate * run.model.flops_per_token() / m.world
+    mfu = flops / m.peak_flops if m.peak_flops else None
     run.speed = dict(tokens_per_second=rate, milliseconds=1e3 * seconds, mfu=mfu)
     run.peaks.append(peak_memory(m.device))
     memory = run.peaks[-1]['allocated']
@@ -552,8 +543,7 @@ def build(s, machine, data, saved):
     optimizer, pruner = build_optimizer(s, flats)
     progress = Progress()
     if saved:
-        known = vars(progress)  # a copied train.py may have saved more
-        progress = Progress(**{k: v for k, v in saved['progress'].items() if k in known})
+        vars(progress).update(saved['progress'])  # a copied train.py may have saved more
         optimizer.load_state_dict(saved['optimizer'])
         if pruner:
             pruner.load_state_dict(saved['pruner'])

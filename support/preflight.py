@@ -21,16 +21,12 @@ FREE_ON_RESUME = set('''out_dir init_from dry_run device compile tracker data_di
     gradient_accumulation_steps loss_chunk_tokens activation_budget lr_decay_iters max_iters
     eval_interval eval_tokens log_interval save_interval deterministic'''.split())
 CHECKPOINTS = ('last.pt', 'previous.pt')  # that a run continues from, the newest first
+CONTINUE = ('resume', 'auto')  # the init_from that do
 
 
 def effective_batch(s):
     """Sequences an update, whatever the number of GPUs."""
     return s.batch_size * s.gradient_accumulation_steps
-
-
-def continues(s):
-    """Whether a run in out_dir is to be continued."""
-    return s.init_from in ('resume', 'auto')
 
 
 # --- problems -------------------------------------------------------------------------------------
@@ -43,15 +39,11 @@ def check_machine(s, machine):
         problems.append(
             f'gradient_accumulation_steps={s.gradient_accumulation_steps}: counts those of all '
             f'ranks, so it must be a multiple of the {machine.world} processes')
-    if not s.fp8:
-        return problems
-    if machine.device.type != 'cuda' or not torch.version.cuda or not float8.triton:
-        problems.append('fp8=True: needs an NVIDIA GPU with CUDA and Triton, this is '
-                        f'{machine.name}; leave it out')
-    elif torch.cuda.get_device_capability(machine.device) < (9, 0):
-        problems.append('fp8=True: needs compute capability 9.0 (H100) or more, '
-                        f'{machine.name} has less; leave it out')
-    elif machine.dtype != torch.bfloat16:
+    nvidia = machine.device.type == 'cuda' and torch.version.cuda and float8.triton
+    if s.fp8 and not (nvidia and torch.cuda.get_device_capability(machine.device) >= (9, 0)):
+        problems.append('fp8=True: needs an NVIDIA GPU with CUDA and Triton, of compute capability '
+                        f'9.0 (H100) or more, unlike {machine.name}; leave it out')
+    elif s.fp8 and machine.dtype != torch.bfloat16:
         problems.append(f'fp8=True: its products end in bfloat16, dtype is {machine.dtype}; '
                         'set --dtype=bfloat16')
     return problems
@@ -63,12 +55,9 @@ def find_data(s):
         data = open_data(s.data_dir, s.dataset)
     except Refused as refused:
         return None, refused.problems
-    problems = []
-    for stream in (data.train, data.val):
-        if stream.tokens <= s.block_size:
-            problems.append(
-                f'block_size={s.block_size}: the {stream.split} split of {data.name} has '
-                f'{stream.tokens} tokens, too few for one sequence of {s.block_size} + 1')
+    problems = [f'block_size={s.block_size}: the {stream.split} split of {data.name} has '
+                f'{stream.tokens} tokens, too few for one sequence of {s.block_size} + 1'
+                for stream in (data.train, data.val) if stream.tokens <= s.block_size]
     if s.eval_tokens >= data.val.tokens:
         problems.append(
             f'eval_tokens={s.eval_tokens}: the validation split has {data.val.tokens} tokens, the '
@@ -82,7 +71,7 @@ def check_out_dir(s, bytes_needed=0):
     folder = pathlib.Path(s.out_dir).absolute()
     files = [folder / name for name in (*CHECKPOINTS, 'best.pt', 'summary.json')]
     there = list(filter(os.path.exists, files))
-    if there and not continues(s):
+    if there and s.init_from not in CONTINUE:
         problems.append(f"out_dir='{s.out_dir}' holds another run; --init_from=auto continues it, "
                         'or begins it again if it has no checkpoint; or choose another --out_dir')
     if s.init_from == 'resume' and not any(map(os.path.exists, files[:2])):
@@ -107,9 +96,8 @@ def out_dir_locked(s, machine):
                              'or choose another --out_dir')
 
 
-def newest_checkpoint(out_dir):
+def newest_checkpoint(last, previous):
     """(content, '') of last.pt or, if it is damaged or missing, (that of previous.pt, a note)."""
-    last, previous = (os.path.join(out_dir, name) for name in CHECKPOINTS)
     try:
         return load_checkpoint(last), ''
     except Refused as refused:
@@ -124,9 +112,9 @@ def checkpoint_to_resume(s, data):
     """What a run is to be continued from, and `notes` on it; None if it begins. Refused: it is
     another run, or has done more than is asked for; Stop: it is finished."""
     last, previous = (os.path.join(s.out_dir, name) for name in CHECKPOINTS)
-    if not continues(s) or not (os.path.exists(last) or os.path.exists(previous)):
+    if s.init_from not in CONTINUE or not (os.path.exists(last) or os.path.exists(previous)):
         return None
-    saved, damage = newest_checkpoint(s.out_dir)
+    saved, damage = newest_checkpoint(last, previous)
     if 'progress' not in saved:
         raise Refused(f'{last} holds weights only, like a best.pt: not enough to resume from; '
                       'restore the last.pt of this run')
@@ -197,9 +185,7 @@ def rows_of(run):
     tokens = effective_batch(s) * s.block_size  # a step
     ranks = f' on {m.world} processes' if m.world > 1 else ''
     epochs = s.max_iters * effective_batch(s) / data.train.windows(s.block_size)
-    repeated = ''
-    if epochs > 4:
-        repeated = '; beyond about 4, repeated text teaches little (arXiv 2305.16264)'
+    limit = '; repeated text teaches little beyond 4 (arXiv 2305.16264)' if epochs > 4 else ''
     peak = f'{m.peak_flops / 1e12:.0f} TFLOP/s peak' if m.peak_flops else 'peak unknown, no MFU'
     in_float8 = '; training multiplies in float8 in MLP and head' if s.fp8 else ''
     kernel = attention_backend(run.model.config, m.device, m.dtype)
@@ -216,8 +202,9 @@ def rows_of(run):
         pruning = (f'{s.target_sparsity:.1%} of the {run.pruner.scope_size:,} weights of '
                    f'{s.prune_scope} by {s.prune_score}, between step {s.prune_start} and '
                    f'{s.prune_end}; their learning rate x {factor:.3g} in the end')
-    memory = counted_memory(run)
-    parts = ', '.join(f'{part} {size(n)}' for part, n in memory.items() if n)
+    weights = 20 * run.model.parameter_count()  # bytes, in float32 as in bfloat16
+    logits = min(s.loss_chunk_tokens, s.batch_size * s.block_size) * m.dtype.itemsize
+    logits *= run.model.config.padded_vocab_size
     start = f', continued from step {run.start_step}' if run.start_step else ''
     return {
         'settings': ' '.join(f'{key}={value!r}' for key, value in changed(s).items()),
@@ -226,29 +213,15 @@ def rows_of(run):
         'effective batch': f'{s.batch_size} sequences x {s.gradient_accumulation_steps} '
                            f'micro-batches = {effective_batch(s)} sequences{ranks}',
         'tokens': f'{tokens:,} a step x {s.max_iters:,} = {tokens * s.max_iters:,} = '
-                  f'{epochs:.3g} epochs of {data.train.tokens:,}{repeated}',
+                  f'{epochs:.3g} epochs of {data.train.tokens:,}{limit}',
         'device': f'{m.name}, {peak}, {str(m.dtype).split(".")[-1]}{in_float8}',
         'model': f'{run.model.parameter_count():,} parameters, {s.attention} attention, '
                  f'{s.positions} positions; {kernel}',
         'optimizer': f'{type(run.optimizer).__name__}, {s.warmup_iters} warm-up, '
                      f'{s.learning_rate:g} -> {s.min_lr:g} at {s.lr_decay_iters or s.max_iters} '
                      f'({s.lr_schedule})',
-        'memory, counted': f'{size(sum(memory.values()))} and activations: {parts}',
+        'memory, counted': f'{size(weights)} for weights, gradients and moments, '
+                           f'{size(logits)} for logits; activations come on top',
         'pruning': pruning,
         'run directory': s.out_dir + start,
-    }
-
-
-def counted_memory(run):
-    """{part: bytes} on one device, of what can be counted: activations are not."""
-    s = run.settings
-    parameters = run.model.parameter_count()
-    element = run.machine.dtype.itemsize
-    tokens = min(s.loss_chunk_tokens, s.batch_size * s.block_size)
-    return {
-        'working weights': parameters * element if element < 4 else 0,
-        'master weights': parameters * 4,
-        'moments': parameters * 8,
-        'gradients': parameters * (4 + element),
-        'logits': tokens * run.model.config.padded_vocab_size * element,
     }
