@@ -58,7 +58,7 @@ def load_arms(folders, baseline):
         names = folders
     arms = {}
     for run in map(load_run, folders, names):
-        arms.setdefault(run.name.removesuffix(f'_{run.told["seed"]}'), []).append(run)
+        arms.setdefault(run.name.removesuffix(f'_{run.told.get("seed")}'), []).append(run)
     baseline = baseline or next(iter(arms))
     if baseline not in arms:
         raise Refused(f"baseline='{baseline}' is not one of these arms: {', '.join(arms)}")
