@@ -10,6 +10,7 @@ import functools
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -97,17 +98,15 @@ def flatten_kind(kind, named, dtype):
 def parameter_groups(flats, weight_decay, prune_scope):
     """Groups for an optimizer, with names. Weight decay is for the matrices, as in GPT-2 and 3;
     prune=True marks what a prune.Pruner may prune."""
-    groups = []
+    groups = {}
     for flat in flats:
         matrices = flat.kind != 'vectors'
-        beginnings = PRUNE_SCOPES[prune_scope] if matrices else ()
         decay = weight_decay if matrices else 0.0
-        for prunable in (True, False):
-            named = [(name, p) for name, p in flat.parameters.items()
-                     if name.startswith(beginnings) == prunable]
-            if named:
-                groups.append(dict(params=named, weight_decay=decay, prune=prunable))
-    return groups
+        for name, p in flat.parameters.items():
+            prunable = matrices and name.startswith(PRUNE_SCOPES[prune_scope])
+            new = dict(params=[], weight_decay=decay, prune=prunable)
+            groups.setdefault((flat.kind, prunable), new)['params'].append((name, p))
+    return list(groups.values())
 
 
 def clear(flats):
@@ -184,20 +183,14 @@ def compiled(function):
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 
+@dataclass(eq=False)
 class Part:
     """What is updated in one go: a parameter, or neighbours in a flat tensor that share a group."""
-
-    def __init__(self, parameters, flat=None):
-        first, last = parameters[0], parameters[-1]
-        self.parameters = parameters
-        self.weight = first  # what is updated, float32 or more
-        self.grads = None  # of a flat
-        self.moments = []  # each like weight
-        self.step = 0  # updates done
-        if flat:
-            span = slice(first.storage_offset(), last.storage_offset() + padded(last.numel()))
-            self.weight = flat.masters[span]
-            self.grads = flat.grads[span]
+    parameters: list
+    weight: torch.Tensor  # what is updated, float32 or more
+    grads: torch.Tensor | None = None  # of a flat
+    moments: list = field(default_factory=list)  # each like weight
+    step: int = 0  # updates done
 
     def gradient(self):
         """Of the type of weight, and ours to change."""
@@ -220,9 +213,12 @@ def parts_of(group, flats):
     for flat in flats:
         for ours, run in itertools.groupby(flat.parameters.values(), rest.__contains__):
             if ours:
-                parts.append(Part(list(run), flat))
+                run = list(run)
+                start = run[0].storage_offset()
+                end = run[-1].storage_offset() + padded(run[-1].numel())
+                parts.append(Part(run, flat.masters[start:end], flat.grads[start:end]))
         rest -= set(flat.parameters.values())
-    return parts + [Part([p]) for p in group['params'] if p in rest]
+    return parts + [Part([p], p) for p in group['params'] if p in rest]
 
 
 Betas = tuple[float, float]
@@ -238,8 +234,8 @@ class AdamW(torch.optim.Optimizer):
 
     def __init__(self, params: ParamsT, lr: float = 1e-3, betas: Betas = (0.9, 0.999),
                  eps: float = 1e-8, weight_decay: float = 1e-2, *, flats: Sequence[Flat] = (),
-                 compiled: bool = False, **of_torch: Any):
-        self.refuse_options(of_torch)
+                 compiled: bool = False, **others: Any):
+        self.refuse_options(others)
         self.refuse_negative(lr=lr, eps=eps, weight_decay=weight_decay)
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f'{type(self).__name__}: betas={betas} must be at least 0 and below 1')
@@ -254,13 +250,12 @@ class AdamW(torch.optim.Optimizer):
             if not value >= 0:
                 raise ValueError(f'{type(self).__name__}: {name}={value} must not be negative')
 
-    def refuse_options(self, of_torch):
-        for name, value in of_torch.items():
-            if name not in NOT_OFFERED:
-                raise TypeError(f'{type(self).__name__}: there is no argument {name}=')
-            if value:
-                raise ValueError(f'{type(self).__name__}: {name}={value!r} of torch.optim.AdamW is '
-                                 'not offered; leave it out')
+    def refuse_options(self, others):
+        """Of torch.optim.AdamW what is not offered, unless it is off; all that nobody knows."""
+        for name, value in others.items():
+            if value or name not in NOT_OFFERED:
+                raise ValueError(f'{type(self).__name__}: {name}={value!r} is not offered; leave '
+                                 'it out')
 
     def add_param_group(self, param_group):
         super().add_param_group(param_group)
@@ -335,20 +330,8 @@ class AdamW(torch.optim.Optimizer):
     def load_state_dict(self, state_dict):
         """As in torch, except that every tensor keeps the type it was saved in; AdamW takes the
         state of torch.optim.AdamW over. ValueError: the state of another optimizer."""
-        first, *others = state_dict['param_groups']
-        # Older files have beside the groups what now lies in the first one.
-        older = {key: state_dict[key] for key in self.defaults.keys() & state_dict.keys()}
-        device = self.param_groups[0]['params'][0].device
-        groups = [prune.copied({**older, **first}, device), *others]
-        self.check_state(groups, state_dict['state'])
-        super().load_state_dict({'state': {}, 'param_groups': groups})  # a state would be cast
-        for saved, group in zip(groups, self.param_groups):
-            for key, p in zip(saved['params'], group['params']):  # numbers, or the model's names
-                if key in state_dict['state']:
-                    self.state[p] = prune.copied(state_dict['state'][key], p.device)
-        self.parts = []
-
-    def check_state(self, groups, states):
+        groups = state_dict['param_groups']
+        states = state_dict['state']
         missing = self.defaults.keys() - groups[0].keys()
         for state in states.values():
             missing |= {'exp_avg', 'exp_avg_sq'} - state.keys()
@@ -357,6 +340,12 @@ class AdamW(torch.optim.Optimizer):
                              f"it has no {', '.join(sorted(missing))}")
         for group in groups:
             self.refuse_options({key: group.get(key) for key in ('amsgrad', 'maximize')})
+        super().load_state_dict({'state': {}, 'param_groups': groups})  # a state would be cast
+        for saved, group in zip(groups, self.param_groups):
+            for key, p in zip(saved['params'], group['params']):  # numbers, or the model's names
+                if key in states:
+                    self.state[p] = prune.copied(states[key], p.device)
+        self.parts = []
 
     def __getstate__(self):
         """Of a copy: no hooks, as in torch, nor the step() that schedulers bind to the original."""
@@ -444,9 +433,8 @@ def stable(optimizer, todo):
         grad = part.gradient()
         if since == 0:
             torch._foreach_zero_(part.moments)
-        levels = []
-        for p in part.parameters:
-            levels.append(optimizer.state[p].setdefault('levels', grad.new_zeros(3)))
+        levels = [optimizer.state[p].setdefault('levels', grad.new_zeros(3))
+                  for p in part.parameters]
         cut += stabilise(part.views(grad), levels, part.step, group['eps'])
         clock = min(part.step, since + 1)
         optimizer.update(group, part, grad, optimizer.numbers(group, clock, group['lr']))
@@ -500,7 +488,7 @@ def stabilise(grads, levels, seen, eps):
 
 
 class AdamWSPAM(AdamW):
-    """AdamW that survives gradient spikes, in one of SPAM_MODES.
+    """AdamW, of whose arguments it takes all, that survives gradient spikes by one of SPAM_MODES.
 
     spam_interval: updates between resets of the moments, 0: none. spam_warmup: updates after one
     with a smaller step. spam_theta: g^2 may be theta v (None: 5000 in 'paper', 50 in 'reference').
@@ -508,11 +496,10 @@ class AdamWSPAM(AdamW):
     on one device.
     """
 
-    def __init__(self, params: ParamsT, lr: float = 1e-3, betas: Betas = (0.9, 0.999),
-                 eps: float = 1e-8, weight_decay: float = 1e-2, *, spam_mode: str = 'paper',
+    def __init__(self, params: ParamsT, *args: Any, spam_mode: str = 'paper',
                  spam_interval: int = 500, spam_warmup: int = 150,
                  spam_theta: float | None = None, spam_grace: int = 20, **others: Any):
-        super().__init__(params, lr, betas, eps, weight_decay, **others)
+        super().__init__(params, *args, **others)
         prune.known(f'{type(self).__name__}: spam_mode', spam_mode, SPAM_MODES)
         self.refuse_negative(spam_interval=spam_interval, spam_warmup=spam_warmup,
                              spam_theta=spam_theta or 0.0, spam_grace=spam_grace)
@@ -521,12 +508,11 @@ class AdamWSPAM(AdamW):
         self.spam_warmup = spam_warmup
         self.spam_theta = spam_theta
         self.spam_grace = spam_grace
-        device = self.param_groups[0]['params'][0].device
         self.defaults['spam'] = None  # of groups but the first
         self.param_groups[0]['spam'] = {
             'updates': 0,
-            'counts': torch.zeros(3, dtype=torch.int64, device=device),  # as in counters
-            'norms': torch.full((100,), -1.0, dtype=torch.float64, device=device),
+            'counts': torch.zeros(3, dtype=torch.int64),  # as in counters
+            'norms': torch.full((100,), -1.0, dtype=torch.float64),
         }
 
     @property
@@ -536,6 +522,8 @@ class AdamWSPAM(AdamW):
         return self.param_groups[0]['spam']
 
     def update_all(self, todo):
+        for key in ('counts', 'norms'):  # new and loaded ones may lie on the CPU
+            self.memory[key] = self.memory[key].to(todo[0][1].weight.device)
         self.memory['updates'] += 1
         cut, fired = SPAM_MODES[self.spam_mode](self, todo)
         self.memory['counts'][0].add_((cut > 0) | fired)
@@ -565,20 +553,20 @@ class AdamWSPAM(AdamW):
 class AdamWPrune(AdamWSPAM):
     """AdamW or AdamWSPAM (`base`) that prunes as it trains; state[p]['mask'] is True = keep.
 
-    others: arguments of prune.Pruner, at least start and end; of AdamWSPAM if that is the base.
-    The learning rate of groups with pruned parameters is multiplied by the pruner's rate_factor.
+    others: arguments of the base, and of prune.Pruner, at least start and end. The learning rate of
+    groups with pruned parameters is multiplied by the pruner's rate_factor.
     """
+    BASES = {'adamw': AdamW, 'adamwspam': AdamWSPAM}
 
-    def __init__(self, params: ParamsT, lr: float = 1e-3, betas: Betas = (0.9, 0.999),
-                 eps: float = 1e-8, weight_decay: float = 1e-2, *, base: str = 'adamw',
-                 score: str = 'bitter7', target_sparsity: float = 0.5, **others: Any):
-        prune.known('AdamWPrune: base', base, ('adamw', 'adamwspam'))
+    def __init__(self, params: ParamsT, *args: Any, base: str = 'adamw', score: str = 'bitter7',
+                 target_sparsity: float = 0.5, **others: Any):
+        prune.known('AdamWPrune: base', base, self.BASES)
         fields = prune.Pruner.__dataclass_fields__
         pruning = {key: others.pop(key) for key in fields if key in others}
         spam = [key for key in others if key.startswith('spam_')]
         if spam and base == 'adamw':
             raise ValueError(f"AdamWPrune: {', '.join(spam)} given, but base='adamw'")
-        super().__init__(params, lr, betas, eps, weight_decay, **others)
+        super().__init__(params, *args, **others)
         self.base = base
         self.pruner = prune.Pruner(self, score=score, target_sparsity=target_sparsity,
                                    hold=self.recovering, hooked=False, **pruning)
@@ -590,10 +578,7 @@ class AdamWPrune(AdamWSPAM):
         for group, part in todo:
             lr = group['lr'] * self.pruner.rate_factor(group)
             raised.append(({**group, 'lr': lr}, part))
-        if self.base == 'adamw':
-            AdamW.update_all(self, raised)
-        else:
-            super().update_all(raised)
+        self.BASES[self.base].update_all(self, raised)
         self.pruner.step()
         for p, mask in self.pruner.masks.items():
             self.state[p]['mask'] = mask

@@ -375,7 +375,7 @@ def test_regrowth_moves_dense_weights_by_the_gradient_at_the_masked_ones():
 
 
 def test_a_skipped_step_loses_no_dense_weights():
-    """A GradScaler skips the optimizer's step where gradients overflow, its user not the pruner's."""
+    """A GradScaler skips the optimizer's step where gradients overflow, but not the pruner's."""
     params = parameters()
     optimizer = torch.optim.SGD(params, lr=0.1)
     pruner = Pruner(optimizer, **ramp('magnitude', regrow=True))
