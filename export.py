@@ -324,6 +324,8 @@ def main(argv):
     if problems:
         raise Refused(problems)
     run_dir, out_dir = folders
+    if os.path.isfile(out_dir) or (os.path.isdir(out_dir) and os.listdir(out_dir)):
+        raise Refused(f"'{out_dir}' exists and is not an empty folder; choose another folder")
     model, saved = load_model(run_dir, settings.checkpoint)
     export(model, saved['data']['tokenizer'], out_dir, settings.dtype)
     print(f"{out_dir}: {settings.checkpoint}.pt of step {saved['step']} in {settings.dtype}")
