@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 
 import optim
 import prune
@@ -27,7 +26,7 @@ from support.checks import check
 from support.files import write_json
 from support.guards import Stop, stop_if_bad
 from support.machine import find_machine, memory_figures, peak_memory
-from support.memory import active_settings, rung_label, set_up_model, within_memory
+from support.memory import active_settings, set_up_model, within_memory
 from support.preflight import effective_batch
 from support.rundir import FORMAT, TRACKERS, RunLog, clock, pack_weights, save_checkpoint
 from support.settings import Path, Refused, arguments, help_text, parse, run_command
@@ -135,7 +134,7 @@ class Run:
     stop_signal: int = 0  # or SIGUSR1, that only saves
     saved_sparsity: dict = field(default_factory=dict)  # what a summary says, of last.pt
     start_step: int = 0  # where this session began
-    began: float = field(default_factory=time.monotonic)
+    began: float = 0.0  # when it would have, in one session
     mark_step: int = 0  # of the last log line
     mark: float = field(default_factory=time.monotonic)  # its time and what pauses took since
     graphs: tuple = (0, 0)  # (compiled graphs, graph breaks) when last looked at
@@ -164,6 +163,8 @@ def train(run):
     if not save(run):
         raise Stop('unsaved', 3, f'step {p.step}: done, but not saved; the last good checkpoint '
                                  'stays. Likely a learning rate too high')
+    run.log.say(f'finished: validation loss {p.val_loss:.4f}, perplexity '
+                f'{perplexity_of(p.val_loss):.2f}, in {clock(elapsed(run))}; {s.out_dir}')
 
 
 def one_step(run):
@@ -242,9 +243,8 @@ def inputs_and_targets(device, stream, windows, T):
 
 def learning_rate(s, step):
     """Learning rate of update `step`, counted from 0."""
-    decay_iters = s.lr_decay_iters or s.max_iters
-    return optim.learning_rate_at(step, s.learning_rate, s.min_lr, s.warmup_iters, decay_iters,
-                                  s.lr_schedule)
+    return optim.learning_rate_at(step, s.learning_rate, s.min_lr, s.warmup_iters,
+                                  s.lr_decay_iters or s.max_iters, s.lr_schedule)
 
 
 def set_learning_rate(run):
@@ -325,7 +325,8 @@ def save_best(run):
     """best.pt: float32 weights, or pruned ones as the model reads them, stored sparse."""
     weights = weights_of(run)
     if run.pruner:
-        weights = pack_weights(weights, named_masks(run.pruner), run.machine.dtype)
+        masks = {name: run.pruner.masks[p] for name, p in run.pruner.named.items()}
+        weights = pack_weights(weights, masks, run.machine.dtype)
     path = os.path.join(run.settings.out_dir, 'best.pt')
     save_checkpoint(path, {**identity(run), 'weights': weights})
 
@@ -336,11 +337,6 @@ def weights_of(run):
     for flat in run.flats:
         weights.update({name: p.detach() for name, p in flat.parameters.items()})
     return weights
-
-
-def named_masks(pruner):
-    """{name: bool tensor, True = keep} of the matrices that are pruned."""
-    return {name: pruner.masks[p] for name, p in pruner.named.items() if p in pruner.masks}
 
 
 def sparsity(run):
@@ -387,20 +383,19 @@ def log_step(run, loss, norm):
     told = f'mfu {mfu:5.1%}  ' if mfu else ''
     run.log.say(f'step {p.step:>6}  loss {loss:7.4f}  norm {norm.item():5.2f}  lr {lr:.1e}  '
                 f'{1e3 * seconds:6.1f} ms {rate / 1e3:6.1f}k tok/s  {told}'
-                f'{memory / 2**30:4.1f} GiB  '
-                f'eta {clock(seconds * (s.max_iters - p.step))}')
+                f'{memory / 2**30:4.1f} GiB  eta {clock(seconds * (s.max_iters - p.step))}')
     guards.report_graphs(run)
     if p.step % s.log_interval == 0 or p.step == 1:  # wherever a run is split into sessions
         guards.guard_against_divergence(run, loss)
 
 
+def elapsed(run):
+    return time.monotonic() - run.began
+
+
 def spikes(run):
     """{'spikes', 'clipped', 'resets'} so far, of an optimizer that counts them."""
     return run.optimizer.counters() if isinstance(run.optimizer, optim.AdamWSPAM) else {}
-
-
-def elapsed(run):
-    return run.progress.seconds + time.monotonic() - run.began
 
 
 # --- saving ---------------------------------------------------------------------------------------
@@ -431,8 +426,7 @@ def save(run):
             return False
         if run.log.write:
             run.log.sync()
-            path = os.path.join(run.settings.out_dir, 'last.pt')
-            save_checkpoint(path, {
+            save_checkpoint(os.path.join(run.settings.out_dir, 'last.pt'), {
                 **identity(run),
                 'progress': asdict(replace(run.progress, seconds=elapsed(run))),
                 'weights': weights_of(run),
@@ -445,27 +439,27 @@ def save(run):
 
 def sparsities(run):
     """{name: value} of what the summary says of pruning."""
-    pruned = run.pruner.pruned if run.pruner else 0
-    layers = run.pruner.sparsity_by_name() if run.pruner else {}
-    return dict(sparsity=sparsity(run), sparsity_all=pruned / run.model.parameter_count(),
-                sparsity_by_layer=layers)
+    if not run.pruner:
+        return dict(sparsity=0.0, sparsity_all=0.0, sparsity_by_layer={})
+    share = run.pruner.pruned / run.model.parameter_count()
+    return dict(sparsity=run.pruner.sparsity, sparsity_all=share,
+                sparsity_by_layer=run.pruner.sparsity_by_name())
 
 
 def write_summary(run, reason):
     """summary.json, whatever way the run ended."""
     s, p = run.settings, run.progress
-    peaks = [*run.peaks, peak_memory(run.machine.device)]
     if run.log.write:
         write_json(os.path.join(s.out_dir, 'summary.json'), dict(
             steps=p.step, tokens=p.step * effective_batch(s) * s.block_size,
             val_loss=p.val_loss, val_ppl=perplexity_of(p.val_loss),
             best_val_loss=p.best_val_loss, **run.saved_sparsity,
-            **run.speed, **memory_figures(peaks),
+            **run.speed, **memory_figures([*run.peaks, peak_memory(run.machine.device)]),
             compiled_graphs=run.graphs[0], graph_breaks=run.graphs[1],
-            rung=p.rung, rung_label=rung_label(run), effective_batch=effective_batch(s),
-            parameters=run.model.parameter_count(), dataset=run.data.name,
-            fingerprint=run.data.fingerprint, seconds=elapsed(run), exit_reason=reason,
-            **spikes(run)))
+            rung=p.rung, rung_label=f'micro-batches of {active_settings(run).batch_size}',
+            effective_batch=effective_batch(s), parameters=run.model.parameter_count(),
+            dataset=run.data.name, fingerprint=run.data.fingerprint, seconds=elapsed(run),
+            exit_reason=reason, **spikes(run)))
 
 
 # --- from settings to a run -----------------------------------------------------------------------
@@ -549,9 +543,10 @@ def build(s, machine, data, saved):
             pruner.load_state_dict(saved['pruner'])
         if saved['settings']['batch_size'] != s.batch_size:
             progress.rung = 0  # it counts on the old ladder
-    bad_step = torch.full((), -1, dtype=torch.int64, device=machine.device)
-    run = Run(s, machine, data, model, flats, optimizer, pruner, progress, bad_step,
-              mark_step=progress.step, start_step=progress.step)
+    run = Run(s, machine, data, model, flats, optimizer, pruner, progress,
+              bad_step=torch.tensor(-1, device=machine.device),
+              start_step=progress.step, mark_step=progress.step,
+              began=time.monotonic() - progress.seconds)
     ranks.check_same_run(run)  # before anything is written
     write = machine.rank == 0 and not s.dry_run
     run.log = RunLog(s.out_dir, s.tracker, asdict(s), progress.step if saved else None, write)
@@ -588,10 +583,6 @@ def finish(run):
         with guards.signals_noted(run):
             train(run)
         reason, code = 'finished', 0
-        p = run.progress
-        run.log.say(f'finished: validation loss {p.val_loss:.4f}, perplexity '
-                    f'{perplexity_of(p.val_loss):.2f}, in {clock(elapsed(run))}; '
-                    f'{run.settings.out_dir}')
     except Stop as stop:
         reason, code = stop.reason, stop.code
         run.log.say(str(stop))
@@ -607,8 +598,4 @@ def finish(run):
 
 
 if __name__ == '__main__':
-    try:
-        run_command(main)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    run_command(main)

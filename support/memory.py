@@ -31,12 +31,6 @@ def active_settings(run):
     return replace(run.settings, batch_size=batch_size, gradient_accumulation_steps=micro_batches)
 
 
-def rung_label(run):
-    if run.progress.rung == 0:
-        return 'as configured'
-    return f'micro-batches of {active_settings(run).batch_size}'
-
-
 def within_memory(run, work):
     """work(run), one rung further down the ladder each time a rank's memory runs out."""
     while True:
@@ -66,7 +60,8 @@ def step_down(run, failure):
                                        'are the last rung; use a smaller model or block_size')
     p.rung += 1
     run.log.say(f'OUT OF MEMORY at step {p.step + 1} ({failure}). Rung {p.rung} of {last}: '
-                f'{rung_label(run)}; the effective batch stays the same')
+                f'micro-batches of {active_settings(run).batch_size}; the effective batch stays '
+                'the same')
     set_up_model(run)
 
 

@@ -1,4 +1,5 @@
 """The processes of one run: how they meet, agree, and notice that one does not answer."""
+import atexit
 import contextlib
 import os
 import zlib
@@ -29,6 +30,7 @@ def join(machine):
         # torchrun's store outlives a restart, and in it the addresses of processes that are gone.
         store = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), store)
         dist.init_process_group(backend, store=store, rank=machine.rank, world_size=machine.world)
+        atexit.register(dist.destroy_process_group)
     except (RuntimeError, ValueError) as error:
         raise Refused(f'WORLD_SIZE={machine.world}: the processes do not meet at MASTER_ADDR='
                       f'{os.environ["MASTER_ADDR"]} MASTER_PORT={os.environ["MASTER_PORT"]} '

@@ -137,8 +137,8 @@ def test_only_regrowing_weights_come_back(tiny, tmp_path, monkeypatch, regrow, b
     gradients = train.local_gradients
 
     def note(run):
-        now = train.named_masks(run.pruner)
-        masks.append({name: mask.clone() for name, mask in now.items()})
+        now = zip(run.pruner.named, run.pruner.masks.values())  # none before the first update
+        masks.append({name: mask.clone() for name, mask in now})
         return gradients(run)
 
     monkeypatch.setattr(train, 'local_gradients', note)

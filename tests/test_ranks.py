@@ -65,7 +65,7 @@ def keep_weights(run):
     name = os.path.basename(run.settings.out_dir)
     weights = {key: tensor.clone() for key, tensor in train.weights_of(run).items()}
     torch.save({'weights': weights, 'val_loss': run.progress.val_loss, 'step': run.progress.step,
-                'masks': train.named_masks(run.pruner) if run.pruner else {}},
+                'masks': list(run.pruner.masks.values()) if run.pruner else []},
                f'{folder}/{name}.pt')
     return code
 
@@ -219,9 +219,9 @@ def test_two_processes_stop_as_one(two):
         assert torch.equal(weight, stopped[0]['weights'][name])
         assert torch.equal(weight, stopped[1]['weights'][name])
     masks = [each['masks'] for each in stopped]  # chosen by each rank for itself
-    assert all(torch.equal(mask, masks[1][name]) for name, mask in masks[0].items())
-    pruned = sum(int((~mask).sum()) for mask in masks[0].values())
-    scope = sum(mask.numel() for mask in masks[0].values())
+    assert all(torch.equal(*pair) for pair in zip(*masks, strict=True))
+    pruned = sum(int((~mask).sum()) for mask in masks[0])
+    scope = sum(mask.numel() for mask in masks[0])
     assert 0.3 < pruned / scope < 0.5
     summary = json.loads((folder / 'stopped_0' / 'summary.json').read_text())
     assert summary['exit_reason'] == 'sigterm'
