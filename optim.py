@@ -60,11 +60,8 @@ def padded(size):
 
 
 def flatten(model, dtype):
-    """Move the model's parameters into flat tensors and return these, a list of Flat.
-
-    The model's parameters become views of the working weights: matrices in `dtype`, vectors in the
-    masters' type. accumulate() moves their gradients to `grads` after each backward.
-    """
+    """Move the model's parameters into flat tensors, a list of Flat. They become views of the
+    working weights: matrices in `dtype`, vectors in the masters' type."""
     kinds = {'blocks': [], 'embeddings': [], 'vectors': []}
     for name, p in model.named_parameters():
         kind = 'blocks' if name.startswith('blocks.') else 'embeddings'
@@ -221,7 +218,6 @@ def parts_of(group, flats):
     return parts + [Part([p], p) for p in group['params'] if p in rest]
 
 
-Betas = tuple[float, float]
 NOT_OFFERED = ('amsgrad', 'maximize', 'foreach', 'capturable', 'differentiable', 'fused')
 
 
@@ -232,8 +228,9 @@ class AdamW(torch.optim.Optimizer):
     of `flats` are updated in one go, with compiled=True by one kernel; a deepcopy has no flats.
     """
 
-    def __init__(self, params: ParamsT, lr: float = 1e-3, betas: Betas = (0.9, 0.999),
-                 eps: float = 1e-8, weight_decay: float = 1e-2, *, flats: Sequence[Flat] = (),
+    def __init__(self, params: ParamsT, lr: float = 1e-3,
+                 betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
+                 weight_decay: float = 1e-2, *, flats: Sequence[Flat] = (),
                  compiled: bool = False, **others: Any):
         self.refuse_options(others)
         self.refuse_negative(lr=lr, eps=eps, weight_decay=weight_decay)
@@ -280,6 +277,7 @@ class AdamW(torch.optim.Optimizer):
         return loss
 
     def count_step(self, part):
+        """Count an update; the first one makes what the part needs, or takes what was loaded."""
         first = self.state[part.parameters[0]]
         if not part.moments:
             if part.weight.dtype.itemsize < 4:
@@ -291,7 +289,7 @@ class AdamW(torch.optim.Optimizer):
             self.state[p]['step'] = part.step
 
     def add_moment(self, part, name):
-        """A zero tensor, or what was loaded, of which the state gets views."""
+        """A tensor like weight, 0 or what was loaded, of which the state gets views."""
         moment = torch.zeros_like(part.weight)
         part.moments.append(moment)
         for p, view in zip(part.parameters, part.views(moment)):
@@ -370,10 +368,6 @@ def clip_spikes(grad, exp_avg_sq, theta, least=0.0):
     return spike.sum()
 
 
-# A mode updates [(group, part)] and returns how many elements it cut (0-dim), and whether the norm
-# of all gradients was a spike.
-
-
 def paper(optimizer, todo):
     """SPAM as in its authors' code (galore_torch/SPAM.py): eps joins sqrt(v) before the bias
     correction; weight decay comes after the step, and a warm-up does not scale it."""
@@ -441,6 +435,7 @@ def stable(optimizer, todo):
     return cut, False
 
 
+# Each updates all [(group, part)] and returns (elements cut, whether the norm was a spike), 0-dim.
 SPAM_MODES = {'paper': paper, 'reference': reference, 'stable': stable}
 
 
@@ -574,10 +569,8 @@ class AdamWPrune(AdamWSPAM):
 
     def update_all(self, todo):
         self.pruner.put_back()
-        raised = []
-        for group, part in todo:
-            lr = group['lr'] * self.pruner.rate_factor(group)
-            raised.append(({**group, 'lr': lr}, part))
+        raised = [({**group, 'lr': group['lr'] * self.pruner.rate_factor(group)}, part)
+                  for group, part in todo]
         self.BASES[self.base].update_all(self, raised)
         self.pruner.step()
         for p, mask in self.pruner.masks.items():
