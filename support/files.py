@@ -49,15 +49,15 @@ def replaced(path):
     try:
         yield temporary
         os.replace(temporary, path)
+        if os.name == 'posix':
+            folder = os.open(os.path.dirname(path) or '.', os.O_RDONLY)
+            os.fsync(folder)  # or the old name may come back after a crash
+            os.close(folder)
     except BaseException as error:
         remove(temporary)
         if isinstance(error, OSError) and error.filename in (None, temporary):  # full; folder gone
             error.filename = path
         raise
-    if os.name == 'posix':
-        folder = os.open(os.path.dirname(path) or '.', os.O_RDONLY)
-        os.fsync(folder)  # or the old name may come back after a crash
-        os.close(folder)
 
 
 def write_atomically(path, write, keep=None):

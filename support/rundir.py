@@ -36,6 +36,8 @@ def save_checkpoint(path, content, keep=None):
     try:
         write_atomically(path, lambda f: torch.save(content, f), keep)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        if isinstance(error.__context__, KeyboardInterrupt):  # a second Ctrl-C
+            raise KeyboardInterrupt from None
         reason = str(error).splitlines()[0]  # of an OSError, with the name of the file
         raise Refused(f'{path} could not be written ({reason}){stays}') from None
 

@@ -1,5 +1,6 @@
 """support/rundir.py: checkpoints, sparse weights, the log, metrics and trackers."""
 import errno
+import io
 import json
 import os
 import resource
@@ -157,6 +158,22 @@ def test_folder_in_the_place_of_the_previous_checkpoint_is_named(tmp_path):
     [problem] = refusal(save_checkpoint, str(tmp_path / 'last.pt'), content(), 'previous.pt')
     assert f"Is a directory: '{tmp_path}/last.pt' -> '{tmp_path}/previous.pt'" in problem
     assert load_checkpoint(str(tmp_path / 'last.pt'))['step'] == 4
+
+
+def test_a_second_interruption_while_saving_is_one(tmp_path, monkeypatch):
+    """torch replaces it by an error of its own, because the archive is not finished."""
+    torch_save = torch.save
+
+    class Interrupted(io.BytesIO):
+        def write(self, data):
+            if self.tell() > 1000:
+                raise KeyboardInterrupt
+            return super().write(data)
+
+    monkeypatch.setattr(torch, 'save', lambda saved, f: torch_save(saved, Interrupted()))
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(str(tmp_path / 'last.pt'), content())
+    assert os.listdir(tmp_path) == []
 
 
 def test_missing_checkpoint_and_one_of_another_format(tmp_path):
