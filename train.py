@@ -130,6 +130,7 @@ class Run:
     pruner: prune.Pruner | None
     progress: Progress
     bad_step: torch.Tensor  # 0-dim int64 on the device: first step without finite gradients or -1
+    fused: bool  # whether small passes over all parameters are compiled: no faster on a CPU
     log: RunLog = None
     stop_signal: int = 0  # or SIGUSR1, that only saves
     saved_sparsity: dict = field(default_factory=dict)  # what a summary says, of last.pt
@@ -173,10 +174,10 @@ def one_step(run):
     ranks.combine(run, [*(flat.grads for flat in run.flats), loss])  # sums, of each rank's shares
     norm = optim.gradient_norm(run.flats)
     is_first_bad = (run.bad_step < 0) & ~(norm.isfinite() & loss.isfinite())
-    run.bad_step = torch.where(is_first_bad, run.progress.step, run.bad_step)
+    run.bad_step = torch.where(is_first_bad, run.progress.step, run.bad_step)  # for stop_if_bad
     limit = run.settings.grad_clip or math.inf
     clip = (limit / (norm + 1e-6)).clamp(max=1.0)  # as in torch's clip_grad_norm_
-    optim.scale_gradients(run.flats, clip, run.bad_step < 0, fused(run))
+    optim.scale_gradients(run.flats, clip, run.bad_step < 0, run.fused)
     set_learning_rate(run)
     run.optimizer.step()
     if run.pruner:
@@ -213,14 +214,9 @@ def local_gradients(run):
         torch.manual_seed(s.seed + 1_000_003 * number)
         loss = run.model(idx, targets) / s.gradient_accumulation_steps
         loss.backward()
-        optim.accumulate(run.flats, fused(run))
+        optim.accumulate(run.flats, run.fused)
         total += loss.detach()
     return total
-
-
-def fused(run):
-    """Whether to compile small passes over all parameters; on a CPU that is no faster."""
-    return run.settings.compile and run.machine.device.type == 'cuda'
 
 
 def training_batch(run, micro):
@@ -545,6 +541,7 @@ def build(s, machine, data, saved):
             progress.rung = 0  # it counts on the old ladder
     run = Run(s, machine, data, model, flats, optimizer, pruner, progress,
               bad_step=torch.tensor(-1, device=machine.device),
+              fused=s.compile and machine.device.type == 'cuda',
               start_step=progress.step, mark_step=progress.step,
               began=time.monotonic() - progress.seconds)
     ranks.check_same_run(run)  # before anything is written

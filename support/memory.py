@@ -13,10 +13,8 @@ from support.settings import MEMORY, Refused
 
 
 def ladder(s):
-    """[(batch_size, gradient_accumulation_steps)] from as configured down to single rows.
-
-    The effective batch is the same on every rung, and with it the loss.
-    """
+    """[(batch_size, gradient_accumulation_steps)] from as configured down to single rows, all of
+    the same effective batch, and with it the same loss."""
     rungs = [(s.batch_size, s.gradient_accumulation_steps)]
     while rungs[-1][0] > 1:
         batch, micro_batches = rungs[-1]

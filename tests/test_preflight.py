@@ -271,6 +271,23 @@ def test_table_tells_what_pruning_will_do(announced, changes, words):
     assert announced()[0]['pruning'] == 'none'
 
 
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_table_counts_the_memory_of_what_is_there(tiny, dtype):
+    run = train.prepare_run(*train.read_settings(tiny(dtype=dtype, n_embd=128, bias=True)))
+    told = preflight.rows_of(run)['memory, counted']
+    train.one_step(run)
+    run.log.close()
+    there = list(run.model.parameters())  # for what the backward makes, of the same type
+    for flat in run.flats:
+        there += [flat.masters, flat.grads]
+        there += [] if flat.working is flat.masters else [flat.working]
+        for p in flat.parameters.values():
+            there += [value for value in run.optimizer.state[p].values() if torch.is_tensor(value)]
+    mebibytes = sum(tensor.nbytes for tensor in there) / 2**20
+    assert float(told.split()[0]) == pytest.approx(mebibytes, rel=0.02)
+    assert ' MiB for weights, gradients and moments, ' in told
+
+
 def test_unfused_attention_on_a_gpu_is_told(announced):
     assert 'UNFUSED' in announced(H100, kernel='math')[0]['model']
     assert 'UNFUSED' not in announced(H100)[0]['model']
