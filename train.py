@@ -297,9 +297,7 @@ def local_loss(run, stream, windows):
 def evaluate_and_keep_best(run):
     """Evaluate, record it, and keep the weights in best.pt if they are the best so far."""
     s, p = run.settings, run.progress
-    with paused(run):
-        stop_if_bad(run)
-        ranks.check_same_run(run)
+    with pause(run):
         run.data.check_unchanged()
         p.val_loss = evaluate(run).item()
         if not math.isfinite(p.val_loss):
@@ -345,11 +343,11 @@ def perplexity_of(loss):
 
 
 @contextlib.contextmanager
-def paused(run):
-    """Time spent inside does not count for tokens_per_second."""
-    if run.machine.device.type == 'cuda':
-        torch.cuda.synchronize(run.machine.device)
+def pause(run):
+    """Time for what does not count in tokens_per_second. Stop: the run is bad, or ranks differ."""
+    stop_if_bad(run)  # waits for the device
     start = time.monotonic()
+    ranks.check_same_run(run)
     yield
     run.mark += time.monotonic() - start
 
@@ -412,9 +410,7 @@ def identity(run):
 
 def save(run):
     """Everything needed to continue, to last.pt. False, and nothing, while the loss is too high."""
-    with paused(run):
-        stop_if_bad(run)
-        ranks.check_same_run(run)
+    with pause(run):
         limit = guards.highest_loss(run)
         if not any(loss < limit for loss in losses_ahead(run)):
             run.log.say(f'WARNING: step {run.progress.step} is not saved, its loss is above '
