@@ -44,7 +44,8 @@ class Settings:
     device: str = 'auto'  # auto, cpu, cuda or cuda:N (ROCm's too); auto: GPU if there is one
     dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'  # of the matrices; auto: by device
     compile: bool = True  # torch.compile; proven after the first steps
-    activation_budget: float = 1.0  # share of activations kept; the rest is computed again
+    activation_budget: float = 1.0  # share of activations kept for the backward
+    # the compiler computes the rest again
     dry_run: bool = False  # check everything, print the preflight table, write nothing
     deterministic: bool = False  # bit-identical repetition on a GPU, slower; on a CPU always
     tracker: Literal[*TRACKERS] = 'none'  # besides metrics.jsonl; its failure never stops a run
@@ -90,7 +91,8 @@ class Settings:
     target_sparsity: float = 0.5  # share of the scope's weights that is pruned in the end
     prune_scope: Literal[*optim.PRUNE_SCOPES] = 'blocks'  # their matrices; with the tied embedding
     prune_allocation: Literal['global', 'layer'] = 'global'  # one threshold; each matrix alike
-    prune_lr_power: float = 0.0  # rate of the pruned over density^this; 1: arXiv 2405.15743
+    prune_lr_power: float = 0.0  # learning rate of the pruned over density^this
+    # 1: sparse muP, arXiv 2405.15743
     prune_schedule: Literal[*prune.SCHEDULES] = 'zhu_gupta'  # fast first (arXiv 1710.01878)
     prune_start: int = 15_000  # update at which the ramp begins
     prune_end: int = 47_500  # update at which it ends and the masks are frozen
