@@ -200,7 +200,7 @@ def prune_weights(run):
 def masks_wait(run):
     """Whether no masks are chosen: SPAM's moments are young, or a NaN is about to end the run."""
     young = isinstance(run.optimizer, optim.AdamWSPAM) and run.optimizer.recovering()
-    return young or run.bad_step.item() >= 0
+    return young or run.bad_step.item() >= 0 or not guards.weights_are_finite(run)
 
 
 def local_gradients(run):

@@ -69,6 +69,14 @@ def stop_if_bad(run):
         raise Stop('nan', 3, f'step {step + 1}: the loss or its gradient is not finite; the run '
                              'stopped before that update. Likely a learning rate too high or a '
                              'bad batch; the last checkpoint is from before it')
+    if not weights_are_finite(run):
+        raise Stop('nan', 3, f'step {run.progress.step}: a weight is not finite; nothing of this '
+                             'step is saved. Likely a learning rate too high')
+
+
+def weights_are_finite(run):
+    """Not seen by the loss alone: an infinite key only gets no attention."""
+    return all(flat.masters.sum().isfinite().item() for flat in run.flats)
 
 
 def highest_loss(run):

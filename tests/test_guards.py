@@ -1,5 +1,6 @@
 """support/guards.py: divergence, signals, proof of compile."""
 import json
+import math
 import os
 import random
 import re
@@ -156,6 +157,25 @@ def test_new_masks_set_the_yardstick_anew_unless_the_run_is_diverging():
     run_of(1010, learning(1000, draw) + raised)  # masks at once: dearer, but no divergence
     with pytest.raises(guards.Stop):
         run_of(100, learning(995, draw) + raised)  # as masks do not explain it
+
+
+def test_a_weight_that_is_not_finite_is_never_saved_nor_pruned_away(tiny, tmp_path, monkeypatch):
+    """One that the loss does not feel: a row of the embedding that no text has."""
+    refresh = train.optim.refresh_working
+
+    def spoiled(flats):
+        for flat in flats:
+            if flat.kind == 'embeddings':
+                flat.parameters['token_embedding.weight'].data[250] = math.inf
+        refresh(flats)
+
+    told = dict(save_interval=2, log_interval=100, eval_interval=100, prune_score='magnitude',
+                prune_scope='blocks+embedding', prune_start=3, prune_end=5, prune_interval=1)
+    monkeypatch.setattr(train.optim, 'refresh_working', spoiled)
+    assert train.main(tiny(**told)) == 3
+    assert summary(tmp_path / 'run')['exit_reason'] == 'nan'
+    assert 'a weight is not finite' in text_log(tmp_path / 'run')
+    assert not (tmp_path / 'run' / 'last.pt').exists()
 
 
 # --- signals --------------------------------------------------------------------------------------
