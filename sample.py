@@ -201,6 +201,8 @@ def main(argv):
     for p in model.parameters():
         p.data = p.data.to(machine.device, machine.dtype if p.dim() >= 2 else torch.float32)
     tokenizer = get_tokenizer(saved['data']['tokenizer'])
+    print(f'{argv[0]}: {s.checkpoint}.pt of step {saved["step"]}, validation loss '
+          f'{saved["val_loss"]:.4f}', file=sys.stderr)
     if s.score:
         print_score(model, tokenizer, s.score)
     else:

@@ -124,7 +124,8 @@ def without_effect(s):
              s.optimizer != 'adamwprune' or s.prune_score != 'none')
     act_only('prune_allocation', 'a prune_score other than bitter4, which has its own',
              s.prune_score != 'bitter4')
-    act_only('target_sparsity prune_schedule prune_start prune_end prune_interval prune_regrow',
+    act_only('target_sparsity prune_schedule prune_start prune_end prune_interval prune_regrow '
+             'prune_allocation prune_pattern',
              'a prune_score other than zeros', s.prune_score != 'zeros')
     act_only('prune_schedule prune_allocation', 'prune_pattern=unstructured',
              s.prune_pattern == 'unstructured')

@@ -3,6 +3,7 @@ import contextlib
 import math
 import signal
 
+import torch
 from torch._dynamo.utils import counters
 
 from support.settings import Refused
@@ -76,7 +77,8 @@ def stop_if_bad(run):
 
 def weights_are_finite(run):
     """Not seen by the loss alone: an infinite key only gets no attention."""
-    return all(flat.masters.sum().isfinite().item() for flat in run.flats)
+    sums = torch.stack([flat.masters.sum() for flat in run.flats])
+    return sums.isfinite().all().item()
 
 
 def highest_loss(run):

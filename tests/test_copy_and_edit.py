@@ -97,28 +97,11 @@ def test_a_copied_train_py_is_resumed_sampled_exported_and_reported(tiny_data, t
     assert 'mine' in python(tree, 'report.py', 'out/mine')
 
 
-def test_optimizers_work_in_another_project(tmp_path):
-    """optim.py and prune.py are all that another project copies."""
-    for name in ('optim.py', 'prune.py'):
-        shutil.copy(HOME / name, tmp_path)
-    (tmp_path / 'theirs.py').write_text(
-        'import torch\n'
-        'from optim import AdamWPrune\n'
-        'model = torch.nn.Linear(8, 8)\n'
-        'optimizer = AdamWPrune(model.parameters(), start=1, end=4, interval=1)\n'
-        'for _ in range(6):\n'
-        '    optimizer.zero_grad()\n'
-        '    model(torch.randn(4, 8)).square().mean().backward()\n'
-        '    optimizer.step()\n'
-        'print(int((model.weight == 0).sum()))\n')
-    assert python(tmp_path, 'theirs.py').strip() == '32'
-
-
 def test_budget_of_lines():
     """The house stays small: see make lines."""
     loaded = count_lines.loaded_by(HOME / 'train.py')
-    assert sum(map(count_lines.length, count_lines.SOURCES)) <= 5_900
-    assert sum(map(count_lines.length, loaded)) <= 4_600
+    assert sum(map(count_lines.length, count_lines.SOURCES)) <= 6_450
+    assert sum(map(count_lines.length, loaded)) <= 5_050
     assert max(map(count_lines.length, count_lines.SOURCES)) <= 630
 
 
