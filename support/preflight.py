@@ -10,7 +10,7 @@ import torch
 from kernels import float8
 from model import attention_backend
 from support.checks import without_effect
-from support.files import locked, write_json
+from support.files import locked, remove, write_json
 from support.guards import Stop
 from support.rundir import exit_reason, load_checkpoint, provenance, size
 from support.settings import Refused, arguments, changed, parse
@@ -173,6 +173,7 @@ def announce(run, argv=()):
     say = print if s.dry_run and m.rank == 0 else run.log.say
     say('\n'.join(['preflight', *lines]))
     if run.log.write:
+        remove(os.path.join(s.out_dir, 'summary.json'))  # how an earlier session ended
         write_json(os.path.join(s.out_dir, 'config.json'), dict(
             settings=asdict(s), model=asdict(run.model.config), fingerprint=run.data.fingerprint,
             data=run.data.describe(), device=m.name, dtype=str(m.dtype).split('.')[-1],

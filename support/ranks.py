@@ -39,11 +39,8 @@ def join(machine):
 
 def check_restart(out_dir):
     """Refused: torchrun starts a run again that would end as before."""
-    reason = exit_reason(out_dir)
-    if os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') == '0' or reason not in FINAL:
-        return
-    summary, config = (os.path.join(out_dir, name) for name in ('summary.json', 'config.json'))
-    if os.path.getmtime(summary) > os.path.getmtime(config):  # else it is of an earlier session
+    reason = exit_reason(out_dir)  # of the session before, if it came to an end
+    if os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') != '0' and reason in FINAL:
         raise Refused(f"out_dir='{out_dir}': the run ended as {reason!r}, which "
                       'another start does not change; its train.log says what does')
 

@@ -293,6 +293,17 @@ def test_a_damaged_summary_is_written_anew(tiny, half):
     assert json.loads((half / 'summary.json').read_text())['exit_reason'] == 'finished'
 
 
+def test_a_summary_does_not_outlive_its_session(tiny, half, monkeypatch):
+    """A run that was finished, asked for more, and killed just before its new end."""
+    told = tiny(init_from='auto', lr_decay_iters=8)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, 'write_summary', lambda run, reason: None)
+        assert train.main(told) == 0
+    assert last(half)['step'] == 8 and not (half / 'summary.json').exists()
+    assert train.main(told) == 0
+    assert json.loads((half / 'summary.json').read_text())['steps'] == 8
+
+
 @pytest.mark.parametrize('damage', ['cut short', 'missing'])
 @pytest.mark.parametrize('init_from', ['auto', 'resume'])
 def test_resume_goes_on_from_the_checkpoint_before_a_damaged_one(
