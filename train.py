@@ -306,10 +306,12 @@ def evaluate_and_keep_best(run):
             raise Stop('nan', 3, f'step {p.step}: the validation loss is {p.val_loss}; nothing of '
                                  'this step is saved. Likely a learning rate too high')
         perplexity = perplexity_of(p.val_loss)
+        bits = bits_a_byte(run.data, p.val_loss)
+        told = f'  {bits:.3f} bits a byte' if bits else ''
         run.log.say(f'step {p.step:>6}/{s.max_iters}  validation loss {p.val_loss:.4f}  '
-                    f'perplexity {perplexity:.2f}')
+                    f'perplexity {perplexity:.2f}{told}')
         run.log.measure(dict(step=p.step, val_loss=p.val_loss, val_ppl=perplexity,
-                             sparsity=sparsity(run)))
+                             val_bits_per_byte=bits, sparsity=sparsity(run)))
         half_pruned = run.pruner and not run.pruner.frozen  # a best of those is of no use
         if p.val_loss < p.best_val_loss and not half_pruned:
             p.best_val_loss = p.val_loss
@@ -338,6 +340,11 @@ def weights_of(run):
 def sparsity(run):
     """Share of the scope's weights that is pruned, known without asking the device."""
     return run.pruner.sparsity if run.pruner else 0.0
+
+
+def bits_a_byte(data, loss):
+    """Of the validation text, which compares runs with different tokenizers; None: unknown."""
+    return loss / math.log(2) * data.val.tokens / data.val_bytes if data.val_bytes else None
 
 
 def perplexity_of(loss):
@@ -370,16 +377,18 @@ def log_step(run, loss, norm):
     mfu = flops / m.peak_flops if m.peak_flops else None
     run.speed = dict(tokens_per_second=rate, milliseconds=1e3 * seconds, mfu=mfu)
     run.peaks.append(peak_memory(m.device))
-    memory = run.peaks[-1]['allocated']
+    memory = run.peaks[-1]
     lr = learning_rate(s, p.step - 1)
     run.log.measure(dict(
         step=p.step, tokens=p.step * effective_batch(s) * s.block_size, loss=loss,
-        grad_norm=norm.item(), lr=lr, **run.speed, peak_memory_bytes=memory,
+        grad_norm=norm.item(), lr=lr, **run.speed,
+        peak_memory_bytes=memory['allocated'], peak_reserved_bytes=memory['reserved'],
         sparsity=sparsity(run), spikes=spikes(run).get('spikes', 0), seconds=elapsed(run)))
     told = f'mfu {mfu:5.1%}  ' if mfu else ''
     run.log.say(f'step {p.step:>6}  loss {loss:7.4f}  norm {norm.item():5.2f}  lr {lr:.1e}  '
                 f'{1e3 * seconds:6.1f} ms {rate / 1e3:6.1f}k tok/s  {told}'
-                f'{memory / 2**30:4.1f} GiB  eta {clock(seconds * (s.max_iters - p.step))}')
+                f'{memory["allocated"] / 2**30:4.1f} GiB  '
+                f'eta {clock(seconds * (s.max_iters - p.step))}')
     guards.report_graphs(run)
     if p.step % s.log_interval == 0 or p.step == 1:  # wherever a run is split into sessions
         guards.guard_against_divergence(run, loss)
@@ -444,6 +453,7 @@ def write_summary(run, reason):
     """summary.json, whatever way the run ended."""
     s, p = run.settings, run.progress
     if run.log.write:
+        counted = {} if reason in ('error', ranks.LOST) else spikes(run)  # a GPU may not answer
         write_json(os.path.join(s.out_dir, 'summary.json'), dict(
             steps=p.step, tokens=p.step * effective_batch(s) * s.block_size,
             val_loss=p.val_loss, val_ppl=perplexity_of(p.val_loss),
@@ -453,7 +463,7 @@ def write_summary(run, reason):
             rung=p.rung, rung_label=f'micro-batches of {active_settings(run).batch_size}',
             effective_batch=effective_batch(s), parameters=run.model.parameter_count(),
             dataset=run.data.name, fingerprint=run.data.fingerprint, seconds=elapsed(run),
-            exit_reason=reason, **spikes(run)))
+            exit_reason=reason, **counted))
 
 
 # --- from settings to a run -----------------------------------------------------------------------

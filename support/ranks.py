@@ -30,7 +30,6 @@ def join(machine):
         # torchrun's store outlives a restart, and in it the addresses of processes that are gone.
         store = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), store)
         dist.init_process_group(backend, store=store, rank=machine.rank, world_size=machine.world)
-        atexit.register(dist.destroy_process_group)
     except (RuntimeError, ValueError) as error:
         raise Refused(f'WORLD_SIZE={machine.world}: the processes do not meet at MASTER_ADDR='
                       f'{os.environ["MASTER_ADDR"]} MASTER_PORT={os.environ["MASTER_PORT"]} '
@@ -80,6 +79,8 @@ def part(run, reason, code):
         os._exit(code)  # at once: what torch.distributed does at an end waits for the lost one
     with contextlib.suppress(Stop):  # it has been told
         highest(run, 0)
+        if run.machine.world > 1:  # NCCL waits for all ranks, so this is not for one that failed
+            atexit.register(dist.destroy_process_group)
 
 
 def check_same_run(run):

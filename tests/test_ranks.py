@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from conftest import HOME, TINY, last, losses, refusal
 
 import train
 from support import ranks
+from support.guards import Stop
+from support.machine import Machine
 from support.settings import run_command
 
 # Adam's first updates are nearly the sign of the gradient, so where a gradient is almost zero a
@@ -275,6 +278,40 @@ def test_a_process_that_stopped_is_missed(tiny, tmp_path, lost):
     if lost:
         summary = json.loads((tmp_path / 'run' / 'summary.json').read_text())
         assert summary['exit_reason'] == 'rank lost'
+
+
+def test_only_a_process_that_met_the_others_at_the_end_waits_for_them(monkeypatch):
+    """NCCL's end waits for all ranks, which would keep a refusal on one of them for minutes."""
+    waits = []
+    monkeypatch.setattr(ranks.atexit, 'register', waits.append)
+    monkeypatch.setattr(ranks.dist, 'rendezvous', lambda *_, **__: iter([(None, 0, 2)]))
+    monkeypatch.setattr(ranks.dist, 'PrefixStore', lambda *_: None)
+    monkeypatch.setattr(ranks.dist, 'init_process_group', lambda *_, **__: None)
+    run = SimpleNamespace(machine=Machine(torch.device('cpu'), torch.float32, 0, 2, 'CPU', None))
+    ranks.join(run.machine)
+    monkeypatch.setattr(ranks, 'highest', lambda run, number: (_ for _ in ()).throw(
+        Stop(ranks.LOST, 1, 'gone')))
+    ranks.part(run, 'finished', 0)
+    assert waits == []
+    monkeypatch.setattr(ranks, 'highest', lambda run, number: number)
+    ranks.part(run, 'finished', 0)
+    assert waits == [ranks.dist.destroy_process_group]
+
+
+def test_the_end_after_a_lost_process_asks_no_device(tiny, tmp_path, monkeypatch):
+    """Its queue may hold a sum over the ranks that never ends."""
+    def lost(run):
+        raise Stop(ranks.LOST, 1, 'gone')
+
+    def counters(optimizer):
+        raise AssertionError
+
+    monkeypatch.setattr(train, 'train', lost)
+    monkeypatch.setattr(train.optim.AdamWSPAM, 'counters', counters)
+    monkeypatch.setattr(ranks.os, '_exit', lambda code: None)
+    assert train.main(tiny(optimizer='adamwspam')) == 1
+    summary = json.loads((tmp_path / 'run' / 'summary.json').read_text())
+    assert summary['exit_reason'] == ranks.LOST
 
 
 def test_a_refusal_on_another_rank_is_told(monkeypatch, capsys):
