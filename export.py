@@ -116,6 +116,9 @@ def read_gpt2(path):
         if not theirs.endswith(UNUSED):
             weights[names.get(theirs, theirs)] = turned(theirs, tensor).float()
     check_parameters(weights, config, f'{file} is another kind of model')
+    for name, weight in weights.items():
+        if not weight.abs().max() < 1e3:  # a flipped bit; the file has no checksum
+            print(f'note: {file}: {name} has weights of {weight.abs().max():.0e}')
     padding = (0, 0, 0, config.padded_vocab_size - config.vocab_size)
     weights['token_embedding.weight'] = F.pad(weights['token_embedding.weight'], padding)
     return weights, config

@@ -69,16 +69,16 @@ def check(source, settings, typed):
 
 
 def encode(text, chance, tokenizer):
-    """(uint16 tokens with a final <|endoftext|>, split) of a document."""
+    """(uint16 tokens with a final <|endoftext|>, bytes of text, split) of a document."""
     raw = text.encode(errors='replace')  # half a surrogate pair, which JSON can hold, is a ?
     tokens = tokenizer.encode(raw.decode()) + [tokenizer.eot]
     number = int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), 'big')
     split = 'val' if number < chance * 2**64 else 'train'
-    return np.array(tokens, np.uint16), split
+    return np.array(tokens, np.uint16), len(raw), split
 
 
 def encoded(documents, tokenizer):
-    """(tokens, split) of each document, in order.
+    """(tokens, bytes, split) of each document, in order.
 
     Threads are enough, because tiktoken tokenises without holding Python's lock.
     """
@@ -119,15 +119,17 @@ def write_meta(folder, meta):
 
 
 def save(settings, meta, pieces):
-    """Append pieces, [tokens] of each split, to the shards; then meta.json says so."""
-    for split, arrays in pieces.items():
-        if arrays:
+    """Append pieces, [(tokens, bytes)] of each split, to the shards; then meta.json says so."""
+    for split, documents in pieces.items():
+        if documents:
+            arrays, sizes = zip(*documents)
             tokens = np.concatenate(arrays)
             written = meta[f'{split}_tokens']
             append(settings.data_dir, split, written, tokens, settings.shard_tokens)
             meta[f'{split}_tokens'] += len(tokens)
-            meta['documents'] += len(arrays)
-            arrays.clear()
+            meta[f'{split}_bytes'] = meta.get(f'{split}_bytes', 0) + sum(sizes)
+            meta['documents'] += len(documents)
+            documents.clear()
     write_meta(settings.data_dir, meta)
 
 
@@ -141,10 +143,10 @@ def write_tokens(documents, settings, meta):
     pieces = {'train': [], 'val': []}
     with tqdm(total=settings.max_tokens or None, initial=seen, unit=' tokens', unit_scale=True,
               disable=None) as bar:
-        for tokens, split in encoded(documents, tokenizer):
+        for tokens, size, split in encoded(documents, tokenizer):
             if 0 < settings.max_tokens <= seen:
                 break
-            pieces[split].append(tokens)
+            pieces[split].append((tokens, size))
             seen += len(tokens)
             bar.update(len(tokens))
             if seen - saved >= SAVE_TOKENS:
@@ -175,7 +177,8 @@ def find_meta(folder, origin, settings):
         return dict(
             name=settings.name, tokenizer=settings.tokenizer,
             vocab_size=shards.VOCABULARY[settings.tokenizer],
-            train_tokens=0, val_tokens=0, documents=0, arguments=arguments)
+            train_tokens=0, val_tokens=0, train_bytes=0, val_bytes=0, documents=0,
+            arguments=arguments)
     told = meta.get('arguments', {})
     for key, value in arguments.items():
         if told.get(key) != value:

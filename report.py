@@ -80,6 +80,7 @@ COLUMNS = (  # heading, key of numbers(), how to write mean and standard error
     ('tokens', 'tokens', lambda n, _: f'{n / 1e6:,.1f}M'),
     ('epochs', 'epochs', '{:.2f}'.format),
     ('tok/s', 'tokens_per_second', '{:,.0f}'.format),
+    ('mean GiB', 'mean_memory_bytes', lambda n, _: f'{n / 2**30:.2f}'),
     ('peak GiB', 'peak_memory_bytes', lambda n, _: f'{n / 2**30:.2f}'),
     ('reserved', 'peak_reserved_bytes', lambda n, _: f'{n / 2**30:.2f}'),
 )

@@ -133,6 +133,7 @@ class Data:
     fingerprint: str
     train: TokenStream
     val: TokenStream
+    val_bytes: int  # of the text that val was made from; 0: unknown
 
     def describe(self):
         """What a checkpoint says of it."""
@@ -233,7 +234,8 @@ def open_data(data_dir, dataset):
         raise Refused(f'{folder}: the shards have changed since they were prepared: fingerprint '
                       f"{fingerprint}, meta.json says {told['fingerprint']}; copy the folder "
                       'again, or delete it and prepare the data again')
-    return Data(name, tokenizer, VOCABULARY[tokenizer], fingerprint, train, val)
+    val_bytes = told.get('val_bytes', 0) if told else 0
+    return Data(name, tokenizer, VOCABULARY[tokenizer], fingerprint, train, val, val_bytes)
 
 
 # --- order of the training windows ----------------------------------------------------------------

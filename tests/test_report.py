@@ -117,15 +117,15 @@ def test_table_says_what_the_summaries_say(run, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert cells(lines[0]) == [
         'arm', 'seeds', 'sparsity', 'val loss', 'perplexity', 'minus baseline', 'in perplexity',
-        'training, last 10', 'non-zero', 'mean density', 'tokens', 'epochs', 'tok/s', 'peak GiB',
-        'reserved']
+        'training, last 10', 'non-zero', 'mean density', 'tokens', 'epochs', 'tok/s', 'mean GiB',
+        'peak GiB', 'reserved']
     assert set(lines[1]) == set('|-: ')
     assert cells(lines[2]) == [
         'short', '1', '50.0%', '3.0000', '20.09', '-', '-', '2.9000', '0.0M', '74.4%', '0.4M',
-        '2.00', '500,000', '2.00', '3.00']
+        '2.00', '500,000', '-', '2.00', '3.00']
     assert cells(lines[3]) == [
         'a_longer_name', '1', '0.0%', '2.5000', '12.18', '-0.5000', '-39.3%', '2.4000', '0.0M',
-        '100.0%', '0.4M', '-', '500,000', '2.00', '3.00']
+        '100.0%', '0.4M', '-', '500,000', '-', '2.00', '3.00']
     assert len({len(line) for line in lines[:4]}) == 1
 
 

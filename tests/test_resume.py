@@ -17,7 +17,8 @@ from model import ATTENTIONS
 from support.rundir import load_checkpoint, read_metrics, save_checkpoint
 from support.shards import open_data
 
-TIMINGS = ('tokens_per_second', 'milliseconds', 'mfu', 'peak_memory_bytes', 'seconds')
+TIMINGS = ('tokens_per_second', 'milliseconds', 'mfu', 'peak_memory_bytes',
+           'peak_reserved_bytes', 'seconds')
 
 
 def metrics(folder):

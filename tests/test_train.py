@@ -62,12 +62,14 @@ def test_metrics_have_the_documented_keys_at_the_documented_steps(finished):
     assert len(trained) + len(evaluated) == len(records)
     for record in trained:
         assert list(record) == '''step tokens loss grad_norm lr tokens_per_second milliseconds mfu
-            peak_memory_bytes sparsity spikes seconds'''.split()
+            peak_memory_bytes peak_reserved_bytes sparsity spikes seconds'''.split()
         assert record['tokens'] == record['step'] * 4 * 32
         assert record['tokens_per_second'] > 0 and record['peak_memory_bytes'] > 2**20
     for record in evaluated:
-        assert list(record) == 'step val_loss val_ppl sparsity'.split()
+        assert list(record) == 'step val_loss val_ppl val_bits_per_byte sparsity'.split()
         assert record['val_ppl'] == pytest.approx(math.exp(record['val_loss']))
+        bits = record['val_loss'] / math.log(2)  # of each document one token ends it
+        assert bits < record['val_bits_per_byte'] < 1.002 * bits
     assert [record['step'] for record in trained] == [1, 5, 10, 15, 20, 25, 30, 35, 40]
     assert [record['step'] for record in evaluated] == [0, 10, 20, 30, 40]
 
