@@ -467,3 +467,16 @@ def test_export_without_the_vocabulary_says_so(tmp_path, monkeypatch, capsys):
     assert told in capsys.readouterr().out
     assert (tmp_path / 'hf' / 'model.safetensors').exists()
     assert not (tmp_path / 'hf' / 'vocab.json').exists()
+
+
+def test_odd_weights_of_an_import_are_told(gpt2, capsys):
+    """A flipped bit of an exponent: the file has no checksum that would tell."""
+    _, folder = gpt2
+    path = folder / 'model.safetensors'
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    read_gpt2(str(folder))
+    assert 'note' not in capsys.readouterr().out
+    tensors['transformer.h.1.mlp.c_fc.weight'][3, 4] = 1e36
+    save_file(tensors, path, {'format': 'pt'})
+    read_gpt2(str(folder))
+    assert 'blocks.1.mlp.fc.weight has weights of 1e+36' in capsys.readouterr().out
