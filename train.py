@@ -134,10 +134,10 @@ class Run:
     bad_step: torch.Tensor  # 0-dim int64 on the device: first step without finite gradients or -1
     fused: bool  # whether small passes over all parameters are compiled: no faster on a CPU
     log: RunLog = None
-    stop_signal: int = 0  # or SIGUSR1, that only saves
+    stop_signal: int = 0  # that came, 0: none; heeded after the step (SIGUSR1 only saves)
     saved_sparsity: dict = field(default_factory=dict)  # what a summary says, of last.pt
     start_step: int = 0  # where this session began
-    began: float = 0.0  # when it would have, in one session
+    began: float = 0.0  # monotonic time of the beginning, as if all sessions were one
     mark_step: int = 0  # of the last log line
     mark: float = field(default_factory=time.monotonic)  # its time and what pauses took since
     graphs: tuple = (0, 0)  # (compiled graphs, graph breaks) when last looked at

@@ -12,8 +12,8 @@ from support.guards import Stop
 from support.rundir import exit_reason
 from support.settings import Refused, tell
 
-PATIENCE = timedelta(minutes=5)  # that ranks have with each other ...
-PATIENCE_AT_FIRST = timedelta(minutes=30)  # ... once all have done a step: compiling takes long
+PATIENCE = timedelta(minutes=5)  # that ranks have with each other once all have done a step
+PATIENCE_AT_FIRST = timedelta(minutes=30)  # until then, because compiling takes long
 FINAL = ('nan', 'diverged', 'unsaved', 'refused')  # exit reasons of codes 2 and 3
 LOST = 'rank lost'  # the exit reason after which nobody is waited for
 PLACES = {'out_dir', 'data_dir', 'device'}  # settings that each machine may have of its own

@@ -31,7 +31,7 @@ class Refused(Exception):
 
 # --- the boundary of every command ----------------------------------------------------------------
 
-MEMORY = 'out of memory|not enough memory|DefaultCPUAllocator|MemoryError'
+MEMORY = 'out of memory|not enough memory|DefaultCPUAllocator|MemoryError|STATUS_ALLOC_FAILED'
 WORLD = (  # what the world does, by type and text of the error: the way out
     (Exception, MEMORY, 'free some memory, or ask for less of it'),
     (Exception, r'C(\+\+)? compiler|CppCompile', 'install a compiler, or use --compile=False'),

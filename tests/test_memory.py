@@ -134,8 +134,9 @@ def test_ladder_ends(tiny, tmp_path, memory_for):
 @pytest.mark.parametrize('error', [
     MemoryError(), MemoryError('Unable to allocate 3.81 GiB for an array'),
     RuntimeError("[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate "
-                 'memory: you tried to allocate 4000000000000 bytes. Error code 12')])
-def test_memory_of_a_cpu_runs_out_in_other_words(tiny, tmp_path, monkeypatch, error):
+                 'memory: you tried to allocate 4000000000000 bytes. Error code 12'),
+    RuntimeError('CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`')])
+def test_memory_runs_out_in_other_words(tiny, tmp_path, monkeypatch, error):
     forward = GPT.forward
 
     def limited(self, idx, targets=None):
