@@ -151,7 +151,8 @@ def main(argv):
         ours = os.path.join(folder, 'ours')
         s, machine, data = train.read_settings([*told, f'--out_dir={ours}'])
         command = [sys.executable, train.__file__, *told, f'--out_dir={ours}']
-        if code := subprocess.run(command).returncode:
+        code = subprocess.run(command).returncode
+        if code or s.dry_run:  # then there is nothing to compare
             return code
         records = read_metrics(os.path.join(ours, 'metrics.jsonl'))
         trainings = {'ours': [record for record in records if 'loss' in record]}

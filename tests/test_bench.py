@@ -137,6 +137,12 @@ def test_failed_training_ends_it_with_its_code(tiny, tmp_path, monkeypatch):
     assert not (tmp_path / 'r.json').exists()
 
 
+def test_dry_run_compares_nothing(tiny, tmp_path, capfd):
+    assert bench.main(tiny(dry_run=True, json=tmp_path / 'r.json')) == 0
+    assert 'preflight' in (told := capfd.readouterr().out) and 'plain' not in told
+    assert not (tmp_path / 'r.json').exists()
+
+
 # --- what is asked for ----------------------------------------------------------------------------
 
 
