@@ -188,6 +188,8 @@ def pretrained_problems(settings, data):
     _, theirs = start
     ours = model_config(settings, theirs.vocab_size)
     needed = {key: vars(theirs)[key] for key in STRUCTURE}
+    if theirs.attention == 'mla':
+        needed['latent_dim'] = theirs.latent_dim
     needed['block_size'] = min(ours.block_size, theirs.block_size)
     problems = [f'{key}={vars(ours)[key]!r}: {source} has {key}={value!r}; write --{key}={value}'
                 for key, value in needed.items() if vars(ours)[key] != value]

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 import export
+import train
 from export import pretrained_problems, read_gpt2, starting_weights
 from model import GPT, GPTConfig
 from support import files
@@ -226,6 +227,15 @@ def test_structure_that_the_weights_do_not_fit(gpt2, key, value, fix):
     problem, = pretrained_problems(settings(gpt2[1], **{key: value}), data())
     assert problem.startswith(f'{key}={value!r}: hf:{gpt2[1]} has {key}={fix!r}')
     assert problem.endswith(f'write --{key}={fix}')
+
+
+def test_another_width_of_latents_is_named(tiny, tmp_path):
+    latent = dict(attention='mla', max_iters=3, prune_score='none')
+    assert train.main(tiny(**latent, latent_dim=8, out_dir=tmp_path / 'start')) == 0
+    start = f'run:{tmp_path}/start'
+    [problem] = refusal(train.main, tiny(**latent, latent_dim=16, init_from=start))
+    assert problem == f'latent_dim=16: {start} has latent_dim=8; write --latent_dim=8'
+    assert train.main(tiny(**latent, latent_dim=8, init_from=start)) == 0
 
 
 # --- refused: what cannot be read -----------------------------------------------------------------
