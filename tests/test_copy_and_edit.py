@@ -77,24 +77,34 @@ COPIED = (  # what a user changes in a copied train.py: a new setting and the lo
 )
 
 
-def test_a_copied_train_py_is_resumed_sampled_exported_and_reported(tiny_data, tmp_path):
-    tree = copy_of_the_tree(tmp_path)
+@pytest.fixture(scope='module')
+def copied(tiny_data, tmp_path_factory):
+    """A tree with such a train_mine.py and its run out/mine, of 20 steps."""
+    tree = copy_of_the_tree(tmp_path_factory.mktemp('copied'))
     source = (tree / 'train.py').read_text()
     for old, new in COPIED:
         assert source.count(old) == 1
         source = source.replace(old, new)
     (tree / 'train_mine.py').write_text(source)
+    python(tree, 'train_mine.py', *told(tiny_data, noise=1e-3, out_dir='out/mine'))
+    return tree
+
+
+@pytest.mark.gpt2
+def test_a_run_of_a_copied_train_py_is_exported(copied):
+    assert 'zeros: 0.00%' in python(copied, 'export.py', 'out/mine', 'out/exported')
+    assert (copied / 'out/exported/model.safetensors').exists()
+
+
+def test_a_run_of_a_copied_train_py_is_resumed_sampled_and_reported(copied, tiny_data):
     mine = dict(noise=1e-3, out_dir='out/mine')
-    python(tree, 'train_mine.py', *told(tiny_data, **mine))
     longer = dict(max_iters=24, lr_decay_iters=20, init_from='resume')
     assert 'continued from step 20' in python(
-        tree, 'train_mine.py', *told(tiny_data, **mine, **longer))
-    assert 'noise' in python(tree, 'train.py', *told(
+        copied, 'train_mine.py', *told(tiny_data, **mine, **longer))
+    assert 'noise' in python(copied, 'train.py', *told(
         tiny_data, out_dir='out/mine', **{**longer, 'max_iters': 28}))  # a note, not an error
-    assert '---' in python(tree, 'sample.py', 'out/mine', '--max_new_tokens=5', '--device=cpu')
-    assert 'zeros: 0.00%' in python(tree, 'export.py', 'out/mine', 'out/exported')
-    assert (tree / 'out/exported/model.safetensors').exists()
-    assert 'mine' in python(tree, 'report.py', 'out/mine')
+    assert '---' in python(copied, 'sample.py', 'out/mine', '--max_new_tokens=5', '--device=cpu')
+    assert 'mine' in python(copied, 'report.py', 'out/mine')
 
 
 def test_budget_of_lines():

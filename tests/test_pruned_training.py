@@ -219,7 +219,7 @@ def test_any_optimizer_of_pytorch_is_pruned(tiny, tmp_path, monkeypatch):
     assert '  optimizer          SGD, ' in (tmp_path / 'run' / 'train.log').read_text()
 
 
-@pytest.mark.parametrize('source', ['run', 'hf'])
+@pytest.mark.parametrize('source', ['run', pytest.param('hf', marks=pytest.mark.gpt2)])
 def test_fine_tuning_a_pruned_model_keeps_its_zeros(tiny, tmp_path, source):
     """Of a run, or of its export; all other weights move."""
     pruned = tmp_path / 'pruned'
