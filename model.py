@@ -477,7 +477,7 @@ def load_model(run_dir, checkpoint):
     path = os.path.join(run_dir, f'{checkpoint}.pt')
     if not os.path.exists(path):
         raise Refused(f'no checkpoint {path}; check the folder, or use --checkpoint=last: best.pt '
-                      'is of the best evaluation, in a pruned run from prune_end on')
+                      'is of the best evaluation, if it beats step 0; pruned: from prune_end on')
     saved = load_checkpoint(path)
     known = {f.name for f in fields(GPTConfig)}
     told = saved['model']

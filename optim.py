@@ -21,7 +21,7 @@ import prune
 
 # --- learning rate --------------------------------------------------------------------------------
 
-LR_SCHEDULES = {  # share of the way down that is left at t, the share of the decay that is done
+LR_SCHEDULES = {  # t, the share of the decay that is done -> share of the way down that is left
     'cosine': lambda t: 0.5 * (1 + math.cos(math.pi * t)),
     'linear': lambda t: 1 - t,
 }
@@ -248,7 +248,7 @@ class AdamW(torch.optim.Optimizer):
                 raise ValueError(f'{type(self).__name__}: {name}={value} must not be negative')
 
     def refuse_options(self, others):
-        """Of torch.optim.AdamW what is not offered, unless it is off; all that nobody knows."""
+        """ValueError: an option of torch.optim.AdamW that is on and not offered, or unknown."""
         for name, value in others.items():
             if value or name not in NOT_OFFERED:
                 raise ValueError(f'{type(self).__name__}: {name}={value!r} is not offered; leave '
@@ -512,8 +512,8 @@ class AdamWSPAM(AdamW):
 
     @property
     def memory(self):
-        """What is remembered of all parameters together. The first group has it, because of an
-        optimizer torch.distributed.checkpoint saves groups and the parameters' own state alone."""
+        """What is remembered of all parameters together. The first group has it, because
+        torch.distributed.checkpoint saves only groups and the state of single parameters."""
         return self.param_groups[0]['spam']
 
     def update_all(self, todo):

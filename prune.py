@@ -211,7 +211,7 @@ def layer_factors(names):
 
 # --- schedules ------------------------------------------------------------------------------------
 
-SCHEDULES = {  # share of the target at t, the share of the ramp that is done
+SCHEDULES = {  # t, the share of the ramp that is done -> share of the target
     'linear': lambda t: t,
     'zhu_gupta': lambda t: 1 - (1 - t) ** 3,  # arXiv 1710.01878, equation 1, from 0
     'cubic_late': lambda t: t ** 3,
@@ -428,7 +428,7 @@ class Pruner:
     def apply_masks(self):
         """Zero what is pruned; while it may regrow, keep the weights as they are in `dense`."""
         if self.regrow and not self.frozen:
-            # They are in it still if a GradScaler skipped the optimizer's step.
+            # Not again if a GradScaler skipped the step, because p is masked since then.
             self.dense = self.dense or {p: self.weight_of(p).clone() for p in self.masks}
         for p, mask in self.masks.items():
             for weight in {p, self.weight_of(p)}:

@@ -24,8 +24,8 @@ from support.settings import Refused
 class Source:
     """What prepare.py knows of a source of text.
 
-    read(settings of prepare.py) -> (origin, documents): for JSON what the documents depend on; and
-    always the same (text, chance), validation with this chance, by a hash of the text.
+    read(settings of prepare.py) -> (origin, documents): what the documents depend on, for JSON; and
+    (text, chance of being validation, by a hash of the text) of each, in the same order always.
     """
     about: str
     read: Callable
