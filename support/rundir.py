@@ -39,7 +39,8 @@ def save_checkpoint(path, content, keep=None):
         if isinstance(error.__context__, KeyboardInterrupt):  # a second Ctrl-C
             raise KeyboardInterrupt from None
         reason = str(error).splitlines()[0]  # of an OSError, with the name of the file
-        raise Refused(f'{path} could not be written ({reason}){stays}') from None
+        raise Refused(f'{path} could not be written ({reason}){stays}; correct that, then '
+                      '--init_from=auto continues') from None
 
 
 def load_checkpoint(path):

@@ -210,7 +210,8 @@ def test_full_disk_while_saving_keeps_the_previous_checkpoint(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, before)
     assert problem.startswith(f'{path} could not be written (')
-    assert problem.endswith('); the previous checkpoint stays')
+    assert problem.endswith('); the previous checkpoint stays; correct that, then --init_from=auto '
+                            'continues')
     assert torch.equal(load_checkpoint(path)['weights']['a'], content()['weights']['a'])
     assert os.listdir(tmp_path) == ['last.pt']
 
@@ -231,7 +232,8 @@ def test_disk_that_fills_while_training(tiny, tmp_path, monkeypatch, capsys):
     assert ended.value.code == 2
     assert capsys.readouterr().err == (
         f'refused:\n  - {tmp_path}/run/last.pt could not be written ([Errno 28] No space left on '
-        f"device: '{tmp_path}/run/last.pt'); the previous checkpoint stays\n")
+        f"device: '{tmp_path}/run/last.pt'); the previous checkpoint stays; correct that, then "
+        '--init_from=auto continues\n')
     assert load_checkpoint(str(tmp_path / 'run' / 'last.pt'))['step'] == 2
     assert sorted(os.listdir(tmp_path / 'run')) == ['config.json', 'last.pt', 'metrics.jsonl',
                                                     'train.log']
