@@ -45,7 +45,7 @@ def read_experiment(path):
 
 def is_finished(folder, settings):
     """Whether `folder` has the end, good or bad, of a run of these settings, not of others."""
-    if exit_reason(folder) not in ('finished', 'diverged', 'nan'):
+    if exit_reason(folder) not in ('finished', 'diverged', 'nan', 'unsaved'):
         return False
     made_with = read_json(os.path.join(folder, 'config.json'))['settings']
     return all(made_with.get(key) == value for key, value in settings.items())
