@@ -23,7 +23,8 @@ def loss_chunk(x, weight, targets, scored, vocab_size, grad_weight):
 
     x (n, C), weight (V, C), targets (n,) with -1 = not scored; scored: tokens scored in all, 0-dim.
     grad_weight (V, C), float32, has this chunk's gradient added to it; None: no gradients.
-    Columns from vocab_size on are padding and take no probability.
+    Columns from vocab_size on are padding and take no probability. Another loss goes here; on a GPU
+    it needs fastest_chunk to return `plain`, because loss_chunk_fused would run instead.
     """
     exact = torch.promote_types(x.dtype, torch.float32)
     column = torch.arange(weight.size(0), device=x.device)  # (V,)
