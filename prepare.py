@@ -127,7 +127,8 @@ def save(settings, meta, pieces):
             written = meta[f'{split}_tokens']
             append(settings.data_dir, split, written, tokens, settings.shard_tokens)
             meta[f'{split}_tokens'] += len(tokens)
-            meta[f'{split}_bytes'] = meta.get(f'{split}_bytes', 0) + sum(sizes)
+            if f'{split}_bytes' in meta:  # not of a folder that an earlier version began
+                meta[f'{split}_bytes'] += sum(sizes)
             meta['documents'] += len(documents)
             documents.clear()
     write_meta(settings.data_dir, meta)
