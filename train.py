@@ -160,7 +160,7 @@ def train(run):
         loss, norm = one_step(run)
         if p.step % s.log_interval == 0 or p.step in (run.start_step + 1, s.max_iters):
             log_step(run, loss, norm)
-        if p.step % s.save_interval == 0:
+        if p.step % s.save_interval == 0 and p.step < s.max_iters:
             save(run)
         guards.stop_if_signalled(run, ranks.highest(run, run.stop_signal), save)
     if not save(run):

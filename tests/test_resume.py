@@ -238,7 +238,7 @@ def test_time_is_that_of_all_sessions(tiny, tmp_path, monkeypatch):
 @pytest.fixture
 def half(tiny, tmp_path):
     """Folder of a run of 4 steps; with lr_decay_iters=8 it may go on."""
-    train.main(tiny(max_iters=4, lr_decay_iters=8))
+    train.main(tiny(max_iters=4, lr_decay_iters=8, save_interval=2))
     return tmp_path / 'run'
 
 
@@ -481,3 +481,9 @@ def test_weights_of_an_edited_model_are_refused(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(train, 'GPT', Edited)
     told = refusal(train.main, tiny(max_iters=8, lr_decay_iters=8, init_from='resume'))
     assert len(told) == 1 and 'not those of this model.py' in told[0] and '"extra"' in told[0]
+
+
+def test_the_end_is_written_once_so_that_the_checkpoint_before_it_stays(tiny, tmp_path):
+    assert train.main(tiny(max_iters=8, save_interval=4)) == 0
+    assert load_checkpoint(tmp_path / 'run' / 'previous.pt')['step'] == 4
+    assert last(tmp_path / 'run')['step'] == 8
