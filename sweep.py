@@ -104,6 +104,7 @@ def keep_results(folder, place):
         content = read_json(os.path.join(folder, name))
         content.pop('host', None)  # results are for everybody
         content.pop('command', None)  # the experiment says it
+        content.get('settings', {}).pop('out_dir', None)
         write_json(os.path.join(place, name), content)
     records = read_metrics(os.path.join(folder, 'metrics.jsonl'))
     steps = [record['step'] for record in records if 'loss' in record]  # of training
