@@ -8,6 +8,7 @@ GPT-2, folder or hub name:
 
     python train.py config/best_50.py --init_from=hf:gpt2 --bias=True --out_dir=out/pretrained_50
 """
+import functools
 import json
 import os
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 
 from model import GPTConfig, load_model, model_config
 from support.files import read_json, write_folder, write_json
-from support.settings import Refused, arguments, help_text, parse, run_command
+from support.settings import Refused, help_text, parse, run_command, words_and_options
 from support.shards import EOT_TEXT, get_tokenizer
 
 
@@ -155,6 +156,7 @@ STRUCTURE = ('n_layer', 'n_head', 'n_embd', 'bias', 'attention', 'positions', 'n
              'ra_learned')  # settings that the weights decide
 
 
+@functools.lru_cache(maxsize=1)  # the check before a run and its start read it once
 def read_start(source):
     """({name: float32 tensor}, GPTConfig) of init_from=hf:PATH or run:PATH; None for others."""
     kind, _, path = source.partition(':')
@@ -170,6 +172,7 @@ def starting_weights(settings, model):
     """{name: float32 tensor} that a new run starts from: those of `model`, drawn from the seed, or
     those that init_from names, of whose positions it takes the first block_size."""
     weights, _ = read_start(settings.init_from) or (model.state_dict(), model.config)
+    read_start.cache_clear()  # a run has its own copy from now on
     name = 'position_embedding.weight'
     if name in weights:
         weights[name] = weights[name][:model.config.block_size]
@@ -319,12 +322,10 @@ def export(model, tokenizer_name, out_dir, dtype):
 
 def main(argv):
     """Export a run; returns the exit code."""
-    argv = arguments(ExportSettings, argv)
-    folders = [argument for argument in argv if not argument.startswith('--')]
-    options = [argument for argument in argv if argument.startswith('--')]
-    if '--help' in argv or len(folders) != 2:
+    folders, options = words_and_options(ExportSettings, argv)
+    if '--help' in options or len(folders) != 2:
         print(help_text(ExportSettings, __doc__))
-        return 0 if '--help' in argv else 2
+        return 0 if '--help' in options else 2
     settings, problems, _ = parse(ExportSettings, options, config_files=False)
     if problems:
         raise Refused(problems)

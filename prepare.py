@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from support import shards
 from support.files import locked, write_json
-from support.settings import Path, Refused, arguments, help_text, parse, run_command
+from support.settings import Path, Refused, arguments, help_text, parse, run_command, unmet
 from support.sources import SOURCES
 
 SAVE_TOKENS = 1 << 24  # at most this much work, 32 MB, is lost to a kill
@@ -62,7 +62,7 @@ def check(source, settings, typed):
         *((key, key not in typed or source == user, f'{source} does not use it; leave it out')
           for key, user in users.items()),
     ]
-    return [f'{key}={getattr(settings, key)!r}: {must}' for key, holds, must in rules if not holds]
+    return unmet(settings, rules)
 
 
 # --- tokenising, in several threads ---------------------------------------------------------------

@@ -20,7 +20,15 @@ import numpy as np
 
 from support.files import read_json, write_atomically
 from support.rundir import read_metrics
-from support.settings import Path, Refused, arguments, help_text, parse, read_config, run_command
+from support.settings import (
+    Path,
+    Refused,
+    help_text,
+    parse,
+    read_config,
+    run_command,
+    words_and_options,
+)
 
 
 @dataclass
@@ -345,12 +353,10 @@ def renew(path, options):
 
 def main(argv):
     """Print the table and write the picture; returns the exit code."""
-    argv = arguments(ReportSettings, argv)
-    folders = [argument for argument in argv if not argument.startswith('--')]
-    options = [argument for argument in argv if argument.startswith('--')]
-    if '--help' in argv or not folders:
+    folders, options = words_and_options(ReportSettings, argv)
+    if '--help' in options or not folders:
         print(help_text(ReportSettings, __doc__))
-        return 0 if '--help' in argv else 2
+        return 0 if '--help' in options else 2
     if folders[0].endswith('.md'):
         renew(folders[0], options)
     else:

@@ -21,8 +21,8 @@ from model import load_model
 from support.decoding import CachedReader, read_whole
 from support.machine import find_machine
 from support.rundir import size
-from support.settings import Path, Refused, arguments, help_text, parse, run_command
-from support.shards import get_tokenizer
+from support.settings import Path, Refused, arguments, help_text, parse, run_command, unmet
+from support.shards import bits_a_byte, get_tokenizer
 
 
 @dataclass
@@ -54,7 +54,7 @@ def check(s, vocab_size):
         ('top_p', 0 < s.top_p <= 1, 'must be above 0 and at most 1'),
         ('seed', s.seed >= 0, 'must not be negative'),
     ]
-    return [f'{key}={getattr(s, key)!r}: {must}' for key, holds, must in rules if not holds]
+    return unmet(s, rules)
 
 
 def read_text(path, setting):
@@ -153,9 +153,9 @@ def print_score(model, tokenizer, path):
         window = window.to(model.token_embedding.weight.device)
         total += model(window[:, :-1], window[:, 1:]).item() * (window.size(1) - 1)
     loss = total / scored
-    bits_a_byte = total / math.log(2) / len(tokenizer.decode_bytes(tokens[1:]))
+    bits = bits_a_byte(total, len(tokenizer.decode_bytes(tokens[1:])))
     print(f'{path}: {scored:,} tokens, loss {loss:.4f}, perplexity {math.exp(loss):.2f}, '
-          f'{bits_a_byte:.4f} bits a byte')
+          f'{bits:.4f} bits a byte')
 
 
 def print_continued(model, tokenizer, s):

@@ -30,7 +30,7 @@ from support.memory import active_settings, set_up_model, within_memory
 from support.preflight import effective_batch
 from support.rundir import FORMAT, TRACKERS, RunLog, clock, pack_weights, save_checkpoint
 from support.settings import Path, Refused, arguments, help_text, parse, run_command
-from support.shards import window_order
+from support.shards import bits_a_byte, window_order
 
 
 @dataclass
@@ -306,7 +306,9 @@ def evaluate_and_keep_best(run):
             raise Stop('nan', 3, f'step {p.step}: the validation loss is {p.val_loss}; nothing of '
                                  'this step is saved. Likely a learning rate too high')
         perplexity = perplexity_of(p.val_loss)
-        bits = bits_a_byte(run.data, p.val_loss)
+        bits = None  # a byte of the text, where prepare.py has counted them
+        if run.data.val_bytes:
+            bits = bits_a_byte(p.val_loss * run.data.val.tokens, run.data.val_bytes)
         told = f'  {bits:.3f} bits a byte' if bits else ''
         run.log.say(f'step {p.step:>6}/{s.max_iters}  validation loss {p.val_loss:.4f}  '
                     f'perplexity {perplexity:.2f}{told}')
@@ -340,11 +342,6 @@ def weights_of(run):
 def sparsity(run):
     """Share of the scope's weights that is pruned, known without asking the device."""
     return run.pruner.sparsity if run.pruner else 0.0
-
-
-def bits_a_byte(data, loss):
-    """Of the validation text, which compares runs with different tokenizers; None: unknown."""
-    return loss / math.log(2) * data.val.tokens / data.val_bytes if data.val_bytes else None
 
 
 def perplexity_of(loss):

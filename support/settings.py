@@ -109,6 +109,11 @@ def did_you_mean(word, choices):
     return f"; did you mean '{close[0]}'?" if close else ''
 
 
+def unmet(settings, rules):
+    """Problems: those of [(key, whether its rule holds, what it must be)] that do not hold."""
+    return [f'{key}={getattr(settings, key)!r}: {must}' for key, holds, must in rules if not holds]
+
+
 # --- one value ------------------------------------------------------------------------------------
 
 WANTED = {str: 'a str', Path: 'a str', bool: 'a bool: write True or False', int: 'an int',
@@ -180,6 +185,13 @@ def arguments(cls, argv):
             word = f'{word}={waiting.pop(0)}'
         found.append(word)
     return found
+
+
+def words_and_options(cls, argv):
+    """(the words of a tool's command line, such as folders; its options in one form)."""
+    argv = arguments(cls, argv)
+    words = [argument for argument in argv if not argument.startswith('--')]
+    return words, [argument for argument in argv if argument.startswith('--')]
 
 
 def parse(cls, argv, config_files=True):

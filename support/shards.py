@@ -5,6 +5,7 @@ tokens. Every document ends with <|endoftext|>. nanoGPT's headerless train.bin a
 too.
 """
 import hashlib
+import math
 import os
 import re
 from dataclasses import dataclass
@@ -318,6 +319,11 @@ class Tokenizer:
 
     def decode(self, tokens):
         return self.decode_bytes(tokens).decode(errors='replace')
+
+
+def bits_a_byte(nats, size):
+    """Of a text of `size` bytes whose tokens cost `nats` in all; compares different tokenizers."""
+    return nats / math.log(2) / size
 
 
 def get_tokenizer(name):

@@ -196,6 +196,23 @@ def test_run_starts_at_the_loss_of_the_pretrained_model(gpt2):
     torch.testing.assert_close(loss, expected, atol=1e-4, rtol=0)
 
 
+def test_an_import_is_read_once_by_the_check_and_the_start_and_not_kept(gpt2, monkeypatch):
+    _, folder = gpt2
+    reads = []
+
+    def counted(path):
+        reads.append(path)
+        return read_gpt2(path)
+
+    monkeypatch.setattr(export, 'read_gpt2', counted)
+    model = GPT(GPTConfig(vocab_size=257, block_size=32, n_layer=2, n_head=2, n_embd=32, bias=True))
+    for starts in (1, 2):
+        pretrained_problems(settings(folder), data())
+        starting_weights(settings(folder), model)
+        assert len(reads) == starts
+    assert export.read_start.cache_info().currsize == 0
+
+
 def test_other_runs_start_from_the_weights_drawn():
     model = GPT(GPTConfig(**SIZES))
     weights = starting_weights(SimpleNamespace(init_from='scratch'), model)
