@@ -159,6 +159,7 @@ def print_score(model, tokenizer, path):
 
 
 def print_continued(model, tokenizer, s):
+    """Print what the model makes of the prompts of SampleSettings, and to stderr how fast."""
     lines = [s.prompt]
     if s.prompts_file:
         lines = read_text(s.prompts_file, 'prompts_file').splitlines() or ['']

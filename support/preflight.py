@@ -13,7 +13,7 @@ from support.checks import without_effect
 from support.files import locked, remove, write_json
 from support.guards import Stop
 from support.rundir import exit_reason, load_checkpoint, provenance, size
-from support.settings import Refused, arguments, changed, parse
+from support.settings import Refused, changed, parse, words_and_options
 from support.shards import open_data
 
 # A resumed run may change these; everything else is what makes it the same run.
@@ -163,7 +163,7 @@ def announce(run, argv=()):
              for key, needs in without_effect(s).items()]
     if s.prune_score == 'bitter10':
         notes.append('bitter10 keeps three more float32 numbers a prunable weight')
-    presets = [word for word in arguments(type(s), argv) if not word.startswith('--')]
+    presets, _ = words_and_options(type(s), argv)
     preset = parse(type(s), presets)[0]
     for key, value in vars(preset).items():
         if presets and value != getattr(s, key):
