@@ -1,6 +1,7 @@
 """Which schedule, ramp and rate suit 75% and 90%: 1,500 steps, one seed, one change at a time.
 
-`decay` is the end of the learning rate: to a tenth by cosine, or to zero in a straight line.
+tenth, zero: the learning rate ends at a tenth by cosine, or at zero in a straight line. late, early:
+when masks are chosen. half: the rate of the pruned goes with density to the power 1/2, not 1.
 """
 base = 'config/vanilla_baseline.py'
 common = dict(
@@ -11,7 +12,8 @@ _zero = dict(min_lr=0, lr_schedule='linear')
 _late = dict(prune_score='magnitude', prune_start=750, prune_end=1470, prune_interval=10,
              prune_lr_power=1)  # as config/best_50.py: 50% to 98% of the run
 _early = {**_late, 'prune_start': 375, 'prune_end': 1125}  # 25% to 75%
-varied = ['min_lr', 'lr_schedule', 'prune_score', 'target_sparsity', 'prune_start', 'prune_end']
+varied = ['min_lr', 'lr_schedule', 'prune_score', 'target_sparsity', 'prune_start', 'prune_end',
+          'prune_lr_power']
 runs = {
     'dense_tenth': _tenth,
     'dense_zero': _zero,
@@ -19,4 +21,6 @@ runs = {
     '90_zero_early': dict(target_sparsity=0.9, **_zero, **_early),
     '75_zero_late': dict(target_sparsity=0.75, **_zero, **_late),
     '75_zero_early': dict(target_sparsity=0.75, **_zero, **_early),
+    '90_tenth_late': dict(target_sparsity=0.9, **_tenth, **_late),
+    '90_tenth_half': dict(target_sparsity=0.9, **_tenth, **{**_late, 'prune_lr_power': 0.5}),
 }

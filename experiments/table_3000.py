@@ -17,6 +17,7 @@ runs = {
     'best_50_1337': dict(_half, seed=1337),
     'best_75_1337': dict(_best, target_sparsity=0.75, seed=1337),
     'best_90_1337': dict(_best, target_sparsity=0.9, seed=1337),
+    '75_half_power_1337': dict(_best, target_sparsity=0.75, prune_lr_power=0.5, seed=1337),
     '2_4_1337': dict(_half, prune_pattern='2:4', seed=1337),
     'dense_6_layers_1337': dict(n_layer=6, seed=1337),  # the block weights that 50% leaves
     'dense_3_layers_1337': dict(n_layer=3, seed=1337),  # those that 75% leaves
