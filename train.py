@@ -552,6 +552,8 @@ def build(s, machine, data, saved):
     ranks.check_same_run(run)  # before anything is written
     write = machine.rank == 0 and not s.dry_run
     run.log = RunLog(s.out_dir, s.tracker, asdict(s), progress.step if saved else None, write)
+    if s.dry_run and machine.rank == 0:
+        run.log.say = print  # there is no train.log
     for note in saved['notes'] if saved else []:
         run.log.say(f'note: {note}')
     if pruner:

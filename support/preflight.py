@@ -97,15 +97,15 @@ def out_dir_locked(s, machine):
 
 
 def newest_checkpoint(last, previous):
-    """(content, '') of last.pt or, if it is damaged or missing, (that of previous.pt, a note)."""
+    """(content, []) of last.pt or, if it is damaged or missing, (that of previous.pt, [a note])."""
     try:
-        return load_checkpoint(last), ''
+        return load_checkpoint(last), []
     except Refused as refused:
         if not os.path.exists(previous):
             raise
         saved = load_checkpoint(previous)
         reason = str(refused).split(';')[0]
-        return saved, f'{reason}; continuing from {previous}, step {saved["step"]}'
+        return saved, [f'{reason}; continuing from {previous}, step {saved["step"]}']
 
 
 def checkpoint_to_resume(s, data):
@@ -114,7 +114,7 @@ def checkpoint_to_resume(s, data):
     last, previous = (os.path.join(s.out_dir, name) for name in CHECKPOINTS)
     if s.init_from not in CONTINUE or not (os.path.exists(last) or os.path.exists(previous)):
         return None
-    saved, damage = newest_checkpoint(last, previous)
+    saved, notes = newest_checkpoint(last, previous)
     if 'progress' not in saved:
         raise Refused(f'{last} holds weights only, like a best.pt: not enough to resume from; '
                       'restore the last.pt of this run')
@@ -133,10 +133,9 @@ def checkpoint_to_resume(s, data):
         raise Refused(problems)
     if saved['step'] == s.max_iters and exit_reason(s.out_dir) == 'finished':
         raise Stop('finished', 0, f'{s.out_dir} holds this run, finished; nothing to do')
-    if damage and not s.dry_run:
+    if notes and not s.dry_run:
         with contextlib.suppress(FileNotFoundError):
             os.replace(last, f'{last}.damaged')  # lest it become the next previous.pt
-    notes = [damage] if damage else []
     if unknown := sorted(then.keys() - now.keys()):
         notes.append(f'the run has settings that this version does not know: {", ".join(unknown)}')
     return {**saved, 'notes': notes}
@@ -170,8 +169,7 @@ def announce(run, argv=()):
             notes.append(f'{key}={getattr(s, key)!r}, {presets[-1]} has {value!r}')
     lines = [f'  {name:<18s} {text}' for name, text in rows_of(run).items()]
     lines += [f'  note: {note}' for note in notes]
-    say = print if s.dry_run and m.rank == 0 else run.log.say
-    say('\n'.join(['preflight', *lines]))
+    run.log.say('\n'.join(['preflight', *lines]))
     if run.log.write:
         remove(os.path.join(s.out_dir, 'summary.json'))  # how an earlier session ended
         write_json(os.path.join(s.out_dir, 'config.json'), dict(

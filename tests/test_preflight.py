@@ -12,6 +12,7 @@ from models import block_matrices, tiny_model
 import train
 from support import preflight
 from support.machine import Machine
+from support.rundir import load_checkpoint, save_checkpoint
 from support.shards import open_data
 
 CPU = Machine(torch.device('cpu'), torch.float32, 0, 1, 'CPU', None)
@@ -337,6 +338,20 @@ def test_a_dry_run_prints_the_table_and_what_differs_from_the_preset(tiny, tmp_p
     assert 'effective batch' in printed
     assert f'note: max_iters=9, {preset} has 7' in printed and 'seed=3,' not in printed
     assert not (tmp_path / 'run').exists()
+
+
+def test_a_dry_run_tells_what_the_run_would_be_continued_from(tiny, tmp_path, capsys):
+    assert train.main(tiny()) == 0
+    path = str(tmp_path / 'run' / 'last.pt')
+    saved = load_checkpoint(path)
+    save_checkpoint(path, {**saved, 'settings': {**saved['settings'], 'noise': 0.1}})
+    told = tiny(init_from='auto', max_iters=12, lr_decay_iters=8)
+    capsys.readouterr()
+    for argv in ([*told, '--dry_run'], told):
+        assert train.main(argv) == 0
+        printed = capsys.readouterr().out
+        assert 'note: the run has settings that this version does not know: noise\n' in printed
+        assert 'run, continued from step 8\n' in printed
 
 
 def test_no_arguments_at_all_name_the_quickstart(tmp_path, monkeypatch):
