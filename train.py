@@ -595,7 +595,11 @@ def finish(run):
         run.log.say('stopped: ' + '; '.join(refused.problems))
         raise
     finally:
-        write_summary(run, reason)
+        try:
+            write_summary(run, reason)
+        except OSError as error:  # a full disk; how the run ended is the greater news
+            run.log.say(f'WARNING: {error}; no summary tells how this run ended')
+            code = code or 1
         run.log.close()
     ranks.part(run, reason, code)
     return code

@@ -216,16 +216,21 @@ def test_full_disk_while_saving_keeps_the_previous_checkpoint(tmp_path):
     assert os.listdir(tmp_path) == ['last.pt']
 
 
-def test_disk_that_fills_while_training(tiny, tmp_path, monkeypatch, capsys):
+def fill_disk(monkeypatch, is_full):
+    """Files of which is_full(name while it is written) holds cannot be written."""
     real = os.fsync
 
     def full(descriptor):
-        is_temporary = os.readlink(f'/proc/self/fd/{descriptor}').endswith('.tmp')
-        if is_temporary and (tmp_path / 'run' / 'last.pt').exists():
+        name = os.readlink(f'/proc/self/fd/{descriptor}')
+        if name.endswith('.tmp') and is_full(name):
             raise OSError(errno.ENOSPC, 'No space left on device')
         real(descriptor)
 
     monkeypatch.setattr(os, 'fsync', full)
+
+
+def test_disk_that_fills_while_training(tiny, tmp_path, monkeypatch, capsys):
+    fill_disk(monkeypatch, lambda name: (tmp_path / 'run' / 'last.pt').exists())
     monkeypatch.setattr(sys, 'argv', ['train.py', *tiny(save_interval=2, eval_interval=8)])
     with pytest.raises(SystemExit) as ended:
         run_command(train.main)
@@ -237,6 +242,28 @@ def test_disk_that_fills_while_training(tiny, tmp_path, monkeypatch, capsys):
     assert load_checkpoint(str(tmp_path / 'run' / 'last.pt'))['step'] == 2
     assert sorted(os.listdir(tmp_path / 'run')) == ['config.json', 'last.pt', 'metrics.jsonl',
                                                     'train.log']
+
+
+@pytest.mark.parametrize('changes, code', [
+    (dict(learning_rate=1e20, min_lr=0.0, warmup_iters=0), 3),  # NaN
+    ({}, 1),  # finished, but nobody will know
+])
+def test_a_disk_without_room_for_the_summary(tiny, tmp_path, monkeypatch, changes, code):
+    fill_disk(monkeypatch, lambda name: 'summary.json' in name)
+    assert train.main(tiny(**changes)) == code
+    assert (tmp_path / 'run' / 'train.log').read_text().endswith(
+        f"WARNING: [Errno 28] No space left on device: '{tmp_path}/run/summary.json'; no summary "
+        'tells how this run ended\n')
+
+
+def test_an_error_is_told_even_if_there_is_no_room_for_the_summary(tiny, monkeypatch):
+    def broken(run):
+        raise ValueError('broken')
+
+    fill_disk(monkeypatch, lambda name: 'summary.json' in name)
+    monkeypatch.setattr(train, 'one_step', broken)
+    with pytest.raises(ValueError, match='broken'):
+        train.main(tiny())
 
 
 SAVE_AND_KILL = '''
