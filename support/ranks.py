@@ -14,7 +14,7 @@ from support.settings import Refused, tell
 
 PATIENCE = timedelta(minutes=5)  # that ranks have with each other once all have done a step
 PATIENCE_AT_FIRST = timedelta(minutes=30)  # until then, because compiling takes long
-FINAL = ('nan', 'diverged', 'unsaved', 'refused')  # exit reasons of codes 2 and 3
+FINAL = ('nan', 'diverged', 'unsaved')  # exit reasons of code 3; what refused may change
 LOST = 'rank lost'  # the exit reason after which nobody is waited for
 PLACES = {'out_dir', 'data_dir', 'device'}  # settings that each machine may have of its own
 

@@ -17,7 +17,8 @@ import train
 from support import ranks
 from support.guards import Stop
 from support.machine import Machine
-from support.settings import run_command
+from support.rundir import exit_reason
+from support.settings import Refused, run_command
 
 # Adam's first updates are nearly the sign of the gradient, so where a gradient is almost zero a
 # rounding error decides the direction of a whole step. Hence the tight bound on the losses, which
@@ -354,6 +355,18 @@ def test_torchrun_starts_a_killed_run_again(tiny, tmp_path):
     assert last(tmp_path / 'run')['step'] == 8
     log = (tmp_path / 'run' / 'train.log').read_text()
     assert 'continued from step 4' in log
+
+
+def test_torchrun_may_start_again_what_a_full_disk_ended(tiny, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise Refused('last.pt could not be written')
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, 'save_checkpoint', full)
+        refusal(train.main, tiny(init_from='auto'))
+    assert exit_reason(tmp_path / 'run') == 'refused'
+    monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', '1')
+    assert train.main(tiny(init_from='auto')) == 0
 
 
 def test_what_would_end_as_before_is_not_started_again(tiny, tmp_path, monkeypatch):
