@@ -56,8 +56,10 @@ def start(name, base, settings, folder, gpus):
     command = [sys.executable]
     if len(gpus) > 1:
         command += ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={len(gpus)}']
-    command += ['train.py', base, *(f'--{key}={value}' for key, value in settings.items())]
-    command += [f'--out_dir={folder}', '--init_from=auto']
+    # A preset, so that one setting may deprive another of effect; as text, like a command line.
+    lines = ''.join(f'{key} = {str(value)!r}\n' for key, value in settings.items())
+    write_atomically(f'{folder}.py', lambda f: f.write(lines.encode()))
+    command += ['train.py', base, f'{folder}.py', f'--out_dir={folder}', '--init_from=auto']
     environment = dict(os.environ)
     where = ''
     if None not in gpus:

@@ -44,6 +44,18 @@ def test_runs_leave_their_figures_and_a_report(experiment, tmp_path, capsys):
     assert 'started' not in capsys.readouterr().out  # what is finished is not run again
 
 
+def test_a_run_may_leave_idle_what_all_have_in_common(experiment, tmp_path):
+    """As a preset may: both are typed nowhere."""
+    pruned = dict(prune_score='magnitude', prune_start=2, prune_end=8, prune_interval=2,
+                  prune_lr_power=0.5, target_sparsity=0.25)
+    source = experiment.read_text().replace("'first': {}", "'first': {'prune_score': 'none'}")
+    experiment.write_text(source.replace('\nvaried', f'\ncommon.update({pruned!r})\nvaried'))
+    assert sweep.main([str(experiment)]) == 0
+    for name, sparsity in (('first', 0.0), ('second', 0.25)):
+        kept = tmp_path / 'results' / 'small' / name / 'summary.json'
+        assert json.loads(kept.read_text())['sparsity'] == pytest.approx(sparsity, abs=1e-3)
+
+
 class Clock:
     """For sweep.py the time is up as soon as the run has got beyond `step`."""
 
