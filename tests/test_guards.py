@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import last, losses, refusal
 
+import optim
 import train
 from support import guards
 from support.guards import signals_noted
@@ -263,12 +264,16 @@ NOTHING = ('compile=True, but nothing was compiled; unset TORCHDYNAMO_DISABLE an
            'TORCH_COMPILE_DISABLE, or use --compile=False')
 
 
-def test_compile_that_compiles_nothing_is_refused(tiny, tmp_path, monkeypatch):
-    with torch._dynamo.config.patch(disable=True):  # what TORCH_COMPILE_DISABLE=1 does at import
-        assert refusal(train.main, tiny(compile=True, out_dir=tmp_path / 'a')) == [NOTHING]
-    monkeypatch.setenv('TORCHDYNAMO_DISABLE', '1')
-    assert refusal(train.main, tiny(compile=True, out_dir=tmp_path / 'b')) == [NOTHING]
-    assert summary(tmp_path / 'b')['exit_reason'] == 'refused'
+@pytest.mark.parametrize('way', ['TORCH_COMPILE_DISABLE', 'TORCHDYNAMO_DISABLE'])
+def test_compile_that_compiles_nothing_is_refused(tiny, tmp_path, monkeypatch, way):
+    monkeypatch.setenv(way, '1')
+    optim.compiled.cache_clear()  # a process keeps its functions, and has one way only
+    try:
+        with torch._dynamo.config.patch(disable=way == 'TORCH_COMPILE_DISABLE'):  # as at import
+            assert refusal(train.main, tiny(compile=True)) == [NOTHING]
+    finally:
+        optim.compiled.cache_clear()
+    assert summary(tmp_path / 'run')['exit_reason'] == 'refused'
 
 
 def assert_all_graphs_came_with_the_first_step(folder):
