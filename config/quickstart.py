@@ -22,6 +22,6 @@ prune_end = 800  # the rest is recovery
 prune_interval = 25
 prune_lr_power = 1.0  # survivors at up to twice the rate: docs/LAB_NOTES.md
 eval_interval = 100
-eval_tokens = 65_536
+eval_tokens = 0  # all: each version of Python documents itself in other words
 log_interval = 20
 save_interval = 250
