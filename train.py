@@ -469,7 +469,7 @@ def write_summary(run, reason):
 def build_optimizer(s, flats):
     """(optimizer, pruner or None) over flattened parameters. ValueError: what they refuse."""
     groups = optim.parameter_groups(flats, s.weight_decay, s.prune_scope)
-    optimizer = optim.OPTIMIZERS[s.optimizer](groups, s, flats, s.compile)
+    optimizer = optim.OPTIMIZERS[s.optimizer](groups, s)
     if s.prune_score == 'none':
         return optimizer, None
     pruner = prune.Pruner(
