@@ -9,7 +9,7 @@ from conftest import last, refusal
 import export
 import optim
 import train
-from model import load_model
+from support.pretrained import load_model
 from support.rundir import load_checkpoint, read_metrics
 
 PRUNED = dict(prune_score='bitter7', prune_start=2, prune_end=9, prune_interval=2, max_iters=12)
