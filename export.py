@@ -18,7 +18,8 @@ import torch
 from support.files import write_folder, write_json
 from support.pretrained import FILE, FIXED, SIZES, check_parameters, layout, load_model, turned
 from support.settings import Refused, help_text, parse, run_command, words_and_options
-from support.shards import EOT_TEXT, get_tokenizer
+from support.shards import EOT_TEXT
+from support.tokenizer import get_tokenizer
 
 
 @dataclass

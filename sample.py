@@ -21,7 +21,8 @@ from support.machine import find_machine
 from support.pretrained import load_model
 from support.rundir import size
 from support.settings import Path, Refused, arguments, help_text, parse, run_command, unmet
-from support.shards import bits_a_byte, get_tokenizer
+from support.shards import bits_a_byte
+from support.tokenizer import get_tokenizer
 
 
 @dataclass

@@ -238,7 +238,7 @@ NASTY = [
 def test_run_on_gpt2_tokens_is_exported_with_its_tokenizer(tmp_path, capsys):
     if not os.path.isdir(os.environ.get('TIKTOKEN_CACHE_DIR', '')):
         pytest.skip('TIKTOKEN_CACHE_DIR names no folder with GPT-2\'s vocabulary')
-    from support.shards import get_tokenizer
+    from support.tokenizer import get_tokenizer
     tokenizer = get_tokenizer('gpt2')
     model = shaken(GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=16)))
     export.export(model, 'gpt2', str(tmp_path / 'hf'), 'float32')

@@ -16,7 +16,8 @@ import sample
 from sample import CachedReader, draw, generate
 from support.rundir import FORMAT, save_checkpoint
 from support.settings import Refused
-from support.shards import EOT_TEXT, get_tokenizer
+from support.shards import EOT_TEXT
+from support.tokenizer import get_tokenizer
 
 HOME = pathlib.Path(__file__).resolve().parent.parent
 
