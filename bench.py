@@ -21,10 +21,10 @@ import torch
 from torch.nn import functional as F
 
 import train
-from export import starting_weights
 from model import GPT, model_config
 from support.files import write_json
 from support.machine import peak_memory
+from support.pretrained import starting_weights
 from support.rundir import read_metrics, size
 from support.settings import Path, Refused, arguments, help_text, parse, run_command
 from support.shards import window_order

@@ -6,8 +6,6 @@ bfloat16 beside vectors in float32: activations have the matrices' type, and wha
 touches is computed in float32.
 """
 import math
-import os
-import sys
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
@@ -21,9 +19,6 @@ from torch.nn.attention import SDPBackend
 from kernels import float8
 from kernels.loss import ChunkedCrossEntropy, chunked_loss, fastest_chunk, loss_chunk
 from kernels.reciprocal import block_masks, flex_runs, reciprocal_attention, recomputed
-from support.decoding import Cache
-from support.rundir import load_checkpoint, unpack_weights
-from support.settings import Refused
 
 POSITIONS = ('learned', 'rotary')
 
@@ -170,6 +165,23 @@ class Places(NamedTuple):
     sin: Tensor | None = None
     positions: Tensor | None = None  # (B, T) int64, places of a cache
     visible: Tensor | None = None  # (B, 1, T, S) bool, the places that a token sees
+
+
+class Cache(NamedTuple):
+    """What one layer has read of B texts. A place holds what was put there last."""
+    keys: Tensor  # (B, heads, S, width)
+    values: Tensor
+
+    def extend(self, keys, values, positions):
+        """Put new ones (B, heads, T, width) at positions (B, T); returns all that it holds."""
+        row = torch.arange(len(positions), device=positions.device)[:, None]
+        self.keys[row, :, positions] = keys.transpose(1, 2)
+        self.values[row, :, positions] = values.transpose(1, 2)
+        return self
+
+    def part(self, rows, places):
+        """A view of a slice of rows and of one of places."""
+        return Cache(self.keys[rows, :, places], self.values[rows, :, places])
 
 
 class CausalAttention(nn.Module):
@@ -464,36 +476,3 @@ class GPT(nn.Module):
         if c.reciprocal:
             attended += 6 * (c.ra_window + 1 if c.windowed else c.block_size)
         return 6 * multiplying + c.n_layer * c.n_embd * attended
-
-
-# --- from a run directory -------------------------------------------------------------------------
-
-
-def load_model(run_dir, checkpoint):
-    """(GPT on the CPU, float32, in eval mode; what its checkpoint says) of a run directory.
-
-    checkpoint: 'best' or 'last'. Refused if there is none, or another version's weights in it.
-    """
-    path = os.path.join(run_dir, f'{checkpoint}.pt')
-    if not os.path.exists(path):
-        raise Refused(f'no checkpoint {path}; check the folder, or use --checkpoint=last: best.pt '
-                      'is of the best evaluation, if it beats step 0; pruned: from prune_end on')
-    saved = load_checkpoint(path)
-    known = {f.name for f in fields(GPTConfig)}
-    told = saved['model']
-    if differing := sorted(known ^ told.keys()):
-        print(f"note: {path} and this model.py do not both know {', '.join(differing)}: ignored, "
-              'or left at the default', file=sys.stderr)
-    try:
-        weights = {name: weight.float().contiguous()
-                   for name, weight in unpack_weights(saved['weights']).items()}
-        config = GPTConfig(**{name: told[name] for name in known & told.keys()})
-        if config.n_layer > len(weights):
-            raise ValueError(f'n_layer={config.n_layer}, and {len(weights)} tensors')
-        with torch.device('meta'):  # no memory beyond that of the weights
-            model = GPT(config)
-        model.load_state_dict(weights, assign=True)
-    except (ValueError, RuntimeError, TypeError, ArithmeticError) as error:
-        reason = ' '.join(str(error).split())[:300]
-        raise Refused(f'{path} does not fit this model.py: {reason}') from None
-    return model.eval(), saved

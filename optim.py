@@ -1,20 +1,21 @@
 """The optimizers, the learning rate, and how training lays parameters out in memory.
 
 Working weights are what the model reads (bfloat16 on a GPU); masters, moments and accumulated
-gradients are float32. All lie in a few flat tensors, so that an update is one kernel each, and the
-optimizer is given views of the masters.
+gradients are float32. All but the moments lie in a few flat tensors, so that what is done to all is
+one kernel, and any optimizer is given views of the masters. AdamW is PyTorch's own.
 
 In another project: copy optim.py and prune.py, which need nothing but torch.
 """
 import functools
 import itertools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
+from torch.optim import AdamW
 from torch.optim.optimizer import ParamsT
 
 import prune
@@ -157,202 +158,12 @@ def refresh_working(flats):
             flat.working.copy_(flat.masters)
 
 
-# --- AdamW ----------------------------------------------------------------------------------------
-
-
-def adamw_update(weight, grad, exp_avg, exp_avg_sq, step_size, root_correction, keep, eps, beta1,
-                 beta2, max_exp_avg_sq=None):
-    """AdamW (arXiv 1711.05101), or with max_exp_avg_sq AMSGrad, in place on tensors of one shape.
-
-    step_size = lr / (1 - beta1^t), root_correction = sqrt(1 - beta2^t), keep = 1 - lr *
-    weight_decay and eps are numbers, or 0-dim tensors so that a new value compiles nothing anew.
-    """
-    exp_avg.lerp_(grad, 1 - beta1)
-    exp_avg_sq.mul_(beta2).add_(grad * grad * (1 - beta2))
-    usual = exp_avg_sq
-    if max_exp_avg_sq is not None:
-        usual = max_exp_avg_sq.copy_(torch.maximum(max_exp_avg_sq, exp_avg_sq))
-    weight.mul_(keep).sub_(step_size * exp_avg / (usual.sqrt() / root_correction + eps))
+# --- gradient spikes ------------------------------------------------------------------------------
 
 
 @functools.cache
-def compiled(function):
-    return torch.compile(function, fullgraph=True, dynamic=False)
-
-
-@dataclass(eq=False)
-class Part:
-    """What is updated in one go: a parameter, or neighbours in a flat tensor that share a group."""
-    parameters: list
-    weight: torch.Tensor  # what is updated, float32 or more
-    grads: torch.Tensor | None = None  # of a flat
-    moments: list = field(default_factory=list)  # each like weight
-    step: int = 0  # updates done
-
-    def gradient(self):
-        """Of the type of weight, and ours to change."""
-        if self.grads is not None:
-            return self.grads
-        return self.parameters[0].grad.to(self.weight.dtype, copy=True)
-
-    def views(self, tensor):
-        """Each parameter's share of a tensor like weight."""
-        if self.grads is None:
-            return [tensor]
-        starts = [p.storage_offset() - self.weight.storage_offset() for p in self.parameters]
-        return [tensor[i:i + p.numel()].view_as(p) for i, p in zip(starts, self.parameters)]
-
-
-def parts_of(group, flats):
-    """[Part] of one group of an optimizer."""
-    rest = set(group['params'])
-    parts = []
-    for flat in flats:
-        for ours, run in itertools.groupby(flat.parameters.values(), rest.__contains__):
-            if ours:
-                run = list(run)
-                start = run[0].storage_offset()
-                end = run[-1].storage_offset() + padded(run[-1].numel())
-                parts.append(Part(run, flat.masters[start:end], flat.grads[start:end]))
-        rest -= set(flat.parameters.values())
-    return parts + [Part([p], p) for p in group['params'] if p in rest]
-
-
-NOT_OFFERED = ('amsgrad', 'maximize', 'foreach', 'capturable', 'differentiable', 'fused')
-
-
-class AdamW(torch.optim.Optimizer):
-    """Drop-in for torch.optim.AdamW with the same defaults. ValueError: what cannot be.
-
-    state[p] has `step`, `exp_avg`, `exp_avg_sq`, and below float32 a float32 `master`. Parameters
-    of `flats` are updated in one go, with compiled=True by one kernel; a deepcopy has no flats.
-    """
-
-    def __init__(self, params: ParamsT, lr: float = 1e-3,
-                 betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
-                 weight_decay: float = 1e-2, *, flats: Sequence[Flat] = (),
-                 compiled: bool = False, **others: Any):
-        self.refuse_options(others)
-        self.refuse_negative(lr=lr, eps=eps, weight_decay=weight_decay)
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f'{type(self).__name__}: betas={betas} must be at least 0 and below 1')
-        defaults = dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay)
-        super().__init__(params, defaults)
-        self.compiled = compiled
-        self.flats = flats
-        self.parts = []  # parts_of each group
-
-    def refuse_negative(self, **values):
-        for name, value in values.items():
-            if not value >= 0:
-                raise ValueError(f'{type(self).__name__}: {name}={value} must not be negative')
-
-    def refuse_options(self, others):
-        """ValueError: an option of torch.optim.AdamW that is on and not offered, or unknown."""
-        for name, value in others.items():
-            if value or name not in NOT_OFFERED:
-                raise ValueError(f'{type(self).__name__}: {name}={value!r} is not offered; leave '
-                                 'it out')
-
-    def add_param_group(self, param_group):
-        super().add_param_group(param_group)
-        if any(p.is_complex() for p in self.param_groups[-1]['params']):
-            raise ValueError(f'{type(self).__name__}: complex parameters are not offered; keep '
-                             'their torch.view_as_real as the parameters')
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        """One update; returns what the closure returns."""
-        loss = torch.enable_grad()(closure)() if closure else None
-        for group in self.param_groups[len(self.parts):]:
-            self.parts.append(parts_of(group, self.flats))
-        todo = []
-        for group, parts in zip(self.param_groups, self.parts):
-            for part in parts:
-                if part.grads is not None or part.parameters[0].grad is not None:
-                    self.count_step(part)
-                    todo.append((group, part))
-        if todo:
-            self.update_all(todo)
-        return loss
-
-    def count_step(self, part):
-        """Count an update; the first one makes what the part needs, or takes what was loaded."""
-        first = self.state[part.parameters[0]]
-        if not part.moments:
-            if part.weight.dtype.itemsize < 4:
-                part.weight = first.setdefault('master', part.weight.float())
-            self.add_moment(part, 'exp_avg')
-            self.add_moment(part, 'exp_avg_sq')
-        part.step = int(first.get('step', 0)) + 1
-        for p in part.parameters:
-            self.state[p]['step'] = part.step
-
-    def add_moment(self, part, name):
-        """A tensor like weight, 0 or what was loaded, of which the state gets views."""
-        moment = torch.zeros_like(part.weight)
-        part.moments.append(moment)
-        for p, view in zip(part.parameters, part.views(moment)):
-            if name in self.state[p]:
-                view.copy_(self.state[p][name])
-            self.state[p][name] = view
-
-    def update_all(self, todo):
-        """Update [(group, part)], whose steps are counted."""
-        for group, part in todo:
-            numbers = self.numbers(group, part.step, group['lr'])
-            self.update(group, part, part.gradient(), numbers)
-
-    def numbers(self, group, step, lr):
-        """(step_size, root_correction, keep, eps) of adamw_update."""
-        beta1, beta2 = group['betas']
-        root_correction = math.sqrt(1 - beta2 ** step)
-        keep = 1 - lr * group['weight_decay']
-        return lr / (1 - beta1 ** step), root_correction, keep, group['eps']
-
-    def update(self, group, part, grad, numbers):
-        """adamw_update of one part."""
-        weight = part.weight
-        exp_avg, exp_avg_sq, *highest = part.moments
-        function = self.function_for(part, adamw_update)
-        if function is not adamw_update:
-            numbers = [torch.full((), x, dtype=weight.dtype, device=weight.device) for x in numbers]
-        function(weight, grad, exp_avg, exp_avg_sq, *numbers, *group['betas'], *highest)
-        if weight.dtype != part.parameters[0].dtype:
-            part.parameters[0].copy_(weight)
-
-    def function_for(self, part, function):
-        """`function`, compiled where that pays: single parameters have too many shapes."""
-        return compiled(function) if self.compiled and part.grads is not None else function
-
-    def load_state_dict(self, state_dict):
-        """As in torch, except that every tensor keeps the type it was saved in; AdamW takes the
-        state of torch.optim.AdamW over. ValueError: the state of another optimizer."""
-        groups = state_dict['param_groups']
-        states = state_dict['state']
-        missing = self.defaults.keys() - groups[0].keys()
-        for state in states.values():
-            missing |= {'exp_avg', 'exp_avg_sq'} - state.keys()
-        if missing:
-            raise ValueError(f'{type(self).__name__}: this state is of another optimizer, because '
-                             f"it has no {', '.join(sorted(missing))}")
-        for group in groups:
-            self.refuse_options({key: group.get(key) for key in ('amsgrad', 'maximize')})
-        super().load_state_dict({'state': {}, 'param_groups': groups})  # a state would be cast
-        for saved, group in zip(groups, self.param_groups):
-            for key, p in zip(saved['params'], group['params']):  # numbers, or the model's names
-                if key in states:
-                    self.state[p] = prune.copied(states[key], p.device)
-        self.parts = []
-
-    def __getstate__(self):
-        """Of a copy: no hooks, as in torch, nor the step() that schedulers bind to the original."""
-        kept = {key: value for key, value in self.__dict__.items() if not key.startswith('_')}
-        kept.pop('step', None)
-        return {**kept, 'flats': (), 'parts': []}
-
-
-# --- gradient spikes ------------------------------------------------------------------------------
+def compiled(function, dynamic=False):
+    return torch.compile(function, fullgraph=True, dynamic=dynamic)
 
 
 def clip_spikes(grad, exp_avg_sq, theta, least=0.0):
@@ -368,74 +179,66 @@ def clip_spikes(grad, exp_avg_sq, theta, least=0.0):
     return spike.sum()
 
 
-def paper(optimizer, todo):
+def paper(optimizer, params):
     """SPAM as in its authors' code (galore_torch/SPAM.py): eps joins sqrt(v) before the bias
     correction; weight decay comes after the step, and a warm-up does not scale it."""
-    theta = 5000.0 if optimizer.spam_theta is None else optimizer.spam_theta
+    spam = optimizer.spam
     since = optimizer.since_reset()
     factor = 1.0  # of the step
     if optimizer.recovering():
-        factor -= 0.99 * (1 + math.cos(math.pi * since / (optimizer.spam_warmup + 1))) / 2
+        factor -= 0.99 * (1 + math.cos(math.pi * since / (spam['warmup'] + 1))) / 2
     cut = 0
-    for group, part in todo:
-        grad = part.gradient()
-        if since == 0:
-            torch._foreach_zero_(part.moments)
-        if since >= optimizer.spam_grace:
-            clip = optimizer.function_for(part, clip_spikes)
-            cut += clip(grad, part.moments[1], theta)
-        step_size, root, keep, eps = optimizer.numbers(group, part.step, group['lr'])
-        optimizer.update(group, part, grad, (step_size * factor * keep, root, keep, eps / root))
+    if since == 0:
+        optimizer.reset_moments(params)
+    elif since >= spam['grace']:
+        cut = optimizer.clip(params, 5000.0)
+    for group in optimizer.param_groups:
+        # PyTorch decays by lr * weight_decay, then steps by lr * m / (sqrt(v) / root + eps).
+        root = math.sqrt(1 - group['betas'][1] ** spam['updates'])
+        keep = 1 - group['lr'] * group['weight_decay']
+        group['lr'] *= factor * keep
+        group['weight_decay'] /= factor * keep
+        group['eps'] /= root
     return cut, False
 
 
-def reference(optimizer, todo):
+def reference(optimizer, params):
     """What the runs of 2025 did: a cut that leaves 1e-12 to elements without history, moments
     damped where the norm of all gradients is a spike, resets with a ramp from 0.001, AMSGrad."""
-    theta = 50.0 if optimizer.spam_theta is None else optimizer.spam_theta
+    spam = optimizer.spam
     since = optimizer.since_reset()
-    factor = 1.0  # of the learning rate
-    if optimizer.recovering() and optimizer.spam_warmup:
-        factor = max(1e-3, (1 - math.cos(math.pi * since / optimizer.spam_warmup)) / 2)
-    norms = [torch.linalg.vector_norm(part.gradient()) for _, part in todo]
+    if optimizer.recovering() and spam['warmup']:
+        ramp = max(1e-3, (1 - math.cos(math.pi * since / spam['warmup'])) / 2)
+        for group in optimizer.param_groups:
+            group['lr'] *= ramp
+    norms = torch._foreach_norm([p.grad for p in params])
     norm = torch.linalg.vector_norm(torch.stack(norms).double())
-    fired = is_norm_spike(norm, optimizer.memory['norms'])
-    cut = 0
-    for group, part in todo:
-        if len(part.moments) == 2:
-            optimizer.add_moment(part, 'max_exp_avg_sq')
-        exp_avg, exp_avg_sq, _ = part.moments
-        grad = part.gradient()
-        if optimizer.memory['updates'] > 1:
-            clip = optimizer.function_for(part, clip_spikes)
-            cut += clip(grad, exp_avg_sq, theta, 1e-12)
-        exp_avg.mul_(1 - 0.5 * fired.double())
-        exp_avg_sq.mul_(1 - 0.1 * fired.double())
-        if since == 0:
-            torch._foreach_zero_([exp_avg, exp_avg_sq])
-        numbers = optimizer.numbers(group, part.step, group['lr'] * factor)
-        optimizer.update(group, part, grad, numbers)
+    fired = is_norm_spike(norm, spam['norms'])
+    cut = optimizer.clip(params, 50.0, 1e-12)
+    for state in optimizer.states(params):
+        state['exp_avg'].mul_(1 - 0.5 * fired.double())
+        state['exp_avg_sq'].mul_(1 - 0.1 * fired.double())
+    if since == 0:
+        optimizer.reset_moments(params)
     return cut, fired
 
 
-def stable(optimizer, todo):
-    """Stable-SPAM (arXiv 2502.17055): AdaClip and AdaGN on each tensor, whose state has `levels`
-    (see stabilise); a reset restarts the bias correction instead of a warm-up."""
-    since = optimizer.since_reset()
-    cut = 0
-    for group, part in todo:
-        grad = part.gradient()
-        if since == 0:
-            torch._foreach_zero_(part.moments)
-        levels = [optimizer.state[p].setdefault('levels', grad.new_zeros(3))
-                  for p in part.parameters]
-        cut += stabilise(part.views(grad), levels, part.step, group['eps'])
-        clock = min(part.step, since + 1)
-        optimizer.update(group, part, grad, optimizer.numbers(group, clock, group['lr']))
+def stable(optimizer, params):
+    """Stable-SPAM (arXiv 2502.17055): AdaClip and AdaGN on each tensor; a reset restarts the bias
+    correction instead of a warm-up."""
+    spam = optimizer.spam
+    levels = [row for p, row in zip(optimizer.parameters(), spam['levels']) if p.grad is not None]
+    eps = optimizer.param_groups[0]['eps']
+    cut = stabilise([p.grad for p in params], levels, spam['updates'], eps)
+    if optimizer.since_reset() == 0:
+        optimizer.reset_moments(params)
+        for state in optimizer.states(params):
+            state['step'].zero_()
     return cut, False
 
 
-# Each updates all [(group, part)] and returns (elements cut, whether the norm was a spike), 0-dim.
+# Each changes gradients, moments and groups before an update; returns (elements cut, whether the
+# norm was a spike), 0-dim.
 SPAM_MODES = {'paper': paper, 'reference': reference, 'stable': stable}
 
 
@@ -465,7 +268,7 @@ def stabilise(grads, levels, seen, eps):
     largest = torch.stack(torch._foreach_norm(grads, math.inf))  # (S,)
     level = 0.999 * before[:, 0] + (1 - 0.999) * largest
     usual = level / (1 - 0.999 ** seen)
-    shrink = torch.where(largest > 0, usual / largest, 1.0)
+    shrink = torch.where(largest > 0, usual / largest, 1.0).to(grads[0].dtype)
     counts = []
     for grad, limit, factor in zip(grads, usual, shrink):
         above = grad.abs() > limit
@@ -483,63 +286,125 @@ def stabilise(grads, levels, seen, eps):
 
 
 class AdamWSPAM(AdamW):
-    """AdamW, of whose arguments it takes all, that survives gradient spikes by one of SPAM_MODES.
+    """AdamW, of whose arguments it takes all but amsgrad, that survives gradient spikes by one of
+    SPAM_MODES. A step changes gradients, as torch's clip_grad_norm_ does.
 
     spam_interval: updates between resets of the moments, 0: none. spam_warmup: updates after one
     with a smaller step. spam_theta: g^2 may be theta v (None: 5000 in 'paper', 50 in 'reference').
-    spam_grace: updates after the start or a reset in which 'paper' cuts nothing. All parameters lie
-    on one device.
+    spam_grace: updates after the start or a reset in which 'paper' cuts nothing. compiled: cut by
+    one kernel a parameter, which must be contiguous. All parameters lie on one device.
     """
 
-    def __init__(self, params: ParamsT, *args: Any, spam_mode: str = 'paper',
-                 spam_interval: int = 500, spam_warmup: int = 150,
-                 spam_theta: float | None = None, spam_grace: int = 20, **others: Any):
-        super().__init__(params, *args, **others)
-        prune.known(f'{type(self).__name__}: spam_mode', spam_mode, SPAM_MODES)
-        self.refuse_negative(spam_interval=spam_interval, spam_warmup=spam_warmup,
-                             spam_theta=spam_theta or 0.0, spam_grace=spam_grace)
-        self.spam_mode = spam_mode
-        self.spam_interval = spam_interval
-        self.spam_warmup = spam_warmup
-        self.spam_theta = spam_theta
-        self.spam_grace = spam_grace
+    def __init__(self, params: ParamsT, lr: float = 1e-3,
+                 betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
+                 weight_decay: float = 1e-2, *, spam_mode: str = 'paper', spam_interval: int = 500,
+                 spam_warmup: int = 150, spam_theta: float | None = None, spam_grace: int = 20,
+                 compiled: bool = False, **others: Any):
+        who = type(self).__name__
+        prune.known(f'{who}: spam_mode', spam_mode, SPAM_MODES)
+        numbers = dict(interval=spam_interval, warmup=spam_warmup, theta=spam_theta,
+                       grace=spam_grace)
+        for name, value in numbers.items():
+            if not (value or 0) >= 0:
+                raise ValueError(f'{who}: spam_{name}={value} must not be negative')
+        super().__init__(params, lr, betas, eps, weight_decay, spam_mode == 'reference', **others)
+        self._step_supports_amp_scaling = False  # a GradScaler unscales before spikes are cut
         self.defaults['spam'] = None  # of groups but the first
         self.param_groups[0]['spam'] = {
+            **numbers,
+            'mode': spam_mode,
+            'compiled': compiled,
             'updates': 0,
             'counts': torch.zeros(3, dtype=torch.int64),  # as in counters
-            'norms': torch.full((100,), -1.0, dtype=torch.float64),
+            'norms': torch.full((100,), -1.0, dtype=torch.float64),  # see is_norm_spike
+            'levels': torch.zeros(0, 3, dtype=torch.float64),  # a row a parameter, see stabilise
         }
 
+    def add_param_group(self, param_group):
+        super().add_param_group(param_group)
+        if any(p.is_complex() for p in self.param_groups[-1]['params']):
+            raise ValueError('AdamWSPAM: complex parameters are not offered; keep their '
+                             'torch.view_as_real as the parameters')
+
     @property
-    def memory(self):
-        """What is remembered of all parameters together. The first group has it, because
-        torch.distributed.checkpoint saves only groups and the state of single parameters."""
+    def spam(self):
+        """Options, and what is remembered of all parameters together. The first group has it,
+        because PyTorch's copies and checkpoints know only groups and the state of parameters."""
         return self.param_groups[0]['spam']
 
-    def update_all(self, todo):
-        for key in ('counts', 'norms'):  # new and loaded ones may lie on the CPU
-            self.memory[key] = self.memory[key].to(todo[0][1].weight.device)
-        self.memory['updates'] += 1
-        cut, fired = SPAM_MODES[self.spam_mode](self, todo)
-        self.memory['counts'][0].add_((cut > 0) | fired)
-        self.memory['counts'][1].add_(cut)
-        self.memory['counts'][2].add_(self.since_reset() == 0)
+    @torch.no_grad()
+    def step(self, closure: Callable | None = None):
+        """One update; returns what the closure returns."""
+        loss = torch.enable_grad()(closure)() if closure else None
+        spam = self.spam
+        params = self.parameters()
+        missing = len(params) - len(spam['levels'])
+        spam['levels'] = F.pad(spam['levels'], (0, 0, 0, missing))
+        for key in ('counts', 'norms', 'levels'):  # new and loaded ones may lie on the CPU
+            spam[key] = spam[key].to(params[0].device)
+        spam['updates'] += 1
+        usual = [dict(group) for group in self.param_groups]
+        cut, fired = SPAM_MODES[spam['mode']](self, [p for p in params if p.grad is not None])
+        super().step()
+        for group, before in zip(self.param_groups, usual):
+            group.update(lr=before['lr'], eps=before['eps'], weight_decay=before['weight_decay'])
+        spam['counts'][0].add_((cut > 0) | fired)
+        spam['counts'][1].add_(cut)
+        spam['counts'][2].add_(self.since_reset() == 0)
+        return loss
+
+    def parameters(self):
+        """Those of all groups."""
+        return [*itertools.chain.from_iterable(group['params'] for group in self.param_groups)]
+
+    def states(self, params):
+        """The state of those that have had an update."""
+        return [self.state[p] for p in params if self.state[p]]
+
+    def reset_moments(self, params):
+        for state in self.states(params):
+            state['exp_avg'].zero_()
+            state['exp_avg_sq'].zero_()
+
+    def clip(self, params, theta, least=0.0):
+        """clip_spikes of what has a history, at spam_theta or else `theta`."""
+        if self.spam['theta'] is not None:
+            theta = self.spam['theta']
+        cut = 0
+        for p in params:
+            if not self.state[p]:
+                continue
+            exp_avg_sq = self.state[p]['exp_avg_sq']
+            if self.spam['compiled']:  # of one shape but for the length, for one graph
+                one_kernel = compiled(clip_spikes, dynamic=True)
+                cut += one_kernel(p.grad.view(-1), exp_avg_sq.view(-1), theta, least)
+            else:
+                cut += clip_spikes(p.grad, exp_avg_sq, theta, least)
+        return cut
+
+    def load_state_dict(self, state_dict):
+        """As in torch. ValueError: the state of another optimizer."""
+        missing = self.defaults.keys() - state_dict['param_groups'][0].keys()
+        if missing:
+            raise ValueError(f'{type(self).__name__}: this state is of another optimizer, because '
+                             f"it has no {', '.join(sorted(missing))}")
+        super().load_state_dict(state_dict)
 
     def since_reset(self):
         """Updates since the last reset, or since the start; 0 in the update with a reset."""
-        updates = self.memory['updates']
-        return updates % self.spam_interval if self.spam_interval else updates
+        updates = self.spam['updates']
+        return updates % self.spam['interval'] if self.spam['interval'] else updates
 
     def recovering(self):
         """Whether the last update lay in the warm-up after a reset, when moments say little: the
         one with the reset or the spam_warmup updates after it."""
-        was_reset = 0 < self.spam_interval <= self.memory['updates']
-        return was_reset and self.since_reset() <= self.spam_warmup
+        was_reset = 0 < self.spam['interval'] <= self.spam['updates']
+        return was_reset and self.since_reset() <= self.spam['warmup']
 
     def counters(self):
         """{'spikes': updates that cut something or met a spike of the norm, 'clipped': gradient
         elements, 'resets'}; waits for the device once."""
-        return dict(zip(('spikes', 'clipped', 'resets'), self.memory['counts'].tolist()))
+        return dict(zip(('spikes', 'clipped', 'resets'), self.spam['counts'].tolist()))
 
 
 # --- AdamW that prunes ----------------------------------------------------------------------------
@@ -567,12 +432,22 @@ class AdamWPrune(AdamWSPAM):
                                    hold=self.recovering, hooked=False, **pruning)
         self.defaults['pruner'] = self.param_groups[0]['pruner'] = None  # state_dict() fills it
 
-    def update_all(self, todo):
+    @torch.no_grad()
+    def step(self, closure: Callable | None = None):
+        """One update, then the pruner's part; returns what the closure returns."""
+        loss = torch.enable_grad()(closure)() if closure else None
         self.pruner.put_back()
-        raised = [({**group, 'lr': group['lr'] * self.pruner.rate_factor(group)}, part)
-                  for group, part in todo]
-        self.BASES[self.base].update_all(self, raised)
+        rates = [group['lr'] for group in self.param_groups]
+        for group in self.param_groups:
+            group['lr'] *= self.pruner.rate_factor(group)
+        self.BASES[self.base].step(self)
+        for group, rate in zip(self.param_groups, rates):
+            group['lr'] = rate
         self.pruner.step()
+        self.show_masks()
+        return loss
+
+    def show_masks(self):
         for p, mask in self.pruner.masks.items():
             self.state[p]['mask'] = mask
 
@@ -585,23 +460,31 @@ class AdamWPrune(AdamWSPAM):
         super().load_state_dict(state_dict)
         self.pruner.load_state_dict(self.param_groups[0]['pruner'])
         self.param_groups[0]['pruner'] = None
+        self.show_masks()  # PyTorch makes numbers of masks
+
+    def __getstate__(self):
+        return {**super().__getstate__(), 'base': self.base, 'pruner': self.pruner}
 
 
 # --- by name --------------------------------------------------------------------------------------
 
 
-def build_adamw(groups, s, flats, compiled):
-    return AdamW(groups, s.learning_rate, (s.beta1, s.beta2), weight_decay=s.weight_decay,
-                 flats=flats, compiled=compiled)
+def common(s):
+    """Arguments of both, of the settings; fused: PyTorch's one kernel for all parameters."""
+    return dict(lr=s.learning_rate, betas=(s.beta1, s.beta2), weight_decay=s.weight_decay,
+                fused=True)
 
 
-def build_adamwspam(groups, s, flats, compiled):
-    return AdamWSPAM(groups, s.learning_rate, (s.beta1, s.beta2), weight_decay=s.weight_decay,
-                     spam_mode=s.spam_mode, spam_interval=s.spam_interval,
-                     spam_warmup=s.spam_warmup, flats=flats, compiled=compiled)
+def build_adamw(groups, s):
+    return AdamW(groups, **common(s))
 
 
-OPTIMIZERS = {  # name -> function (groups, settings, flats, compiled); one entry adds an optimizer
+def build_adamwspam(groups, s):
+    return AdamWSPAM(groups, spam_mode=s.spam_mode, spam_interval=s.spam_interval,
+                     spam_warmup=s.spam_warmup, compiled=s.compile, **common(s))
+
+
+OPTIMIZERS = {  # name -> function (groups, settings); one entry adds an optimizer
     'adamw': build_adamw,
     'adamwspam': build_adamwspam,
     'adamwprune': build_adamw,  # train.py has a prune.Pruner beside any optimizer

@@ -24,6 +24,7 @@ from support import shards
 from support.files import locked, write_json
 from support.settings import Path, Refused, arguments, help_text, parse, run_command, unmet
 from support.sources import SOURCES
+from support.tokenizer import get_tokenizer
 
 SAVE_TOKENS = 1 << 24  # at most this much work, 32 MB, is lost to a kill
 
@@ -136,7 +137,7 @@ def save(settings, meta, pieces):
 
 def write_tokens(documents, settings, meta):
     """Tokenise what is missing by meta, write it, keep meta and meta.json up to date."""
-    tokenizer = shards.get_tokenizer(settings.tokenizer)
+    tokenizer = get_tokenizer(settings.tokenizer)
     write_meta(settings.data_dir, meta)
     documents = itertools.islice(documents, meta['documents'], None)
     saved = meta['train_tokens'] + meta['val_tokens']

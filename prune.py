@@ -381,10 +381,6 @@ class Pruner:
     def state_of(self, p):
         return self.optimizer.state.get(p, {})
 
-    def weight_of(self, p):
-        """What the optimizer updates: p, or the float32 master that it keeps of p."""
-        return self.state_of(p).get('master', p)
-
     def is_due(self):
         """Whether a choice of masks is due, or overdue because `hold` was true."""
         due = min(self.updates, self.last)
@@ -417,7 +413,7 @@ class Pruner:
         found = []
         for p, mask in self.masks.items():
             state = self.state_of(p)
-            s = score(self.score, self.weight_of(p), state.get('exp_avg'), state.get('exp_avg_sq'),
+            s = score(self.score, p, state.get('exp_avg'), state.get('exp_avg_sq'),
                       step=int(state.get('step', 0)), betas=groups[p].get('betas'),
                       initial=self.initial.get(p), tracker=self.trackers.get(p))
             found.append(s if self.regrow else s.masked_fill(~mask, -math.inf))
@@ -429,16 +425,15 @@ class Pruner:
         """Zero what is pruned; while it may regrow, keep the weights as they are in `dense`."""
         if self.regrow and not self.frozen:
             # Not again if a GradScaler skipped the step, because p is masked since then.
-            self.dense = self.dense or {p: self.weight_of(p).clone() for p in self.masks}
+            self.dense = self.dense or {p: p.clone() for p in self.masks}
         for p, mask in self.masks.items():
-            for weight in {p, self.weight_of(p)}:
-                weight.masked_fill_(~mask, 0)
+            p.masked_fill_(~mask, 0)
 
     @torch.no_grad()
     def put_back(self, *of_hook):
         """Before an update: the dense weights return, SR-STE joins their gradients."""
         for p, dense in self.dense.items():
-            self.weight_of(p).copy_(dense)
+            p.copy_(dense)
             if self.srste and p.grad is not None:
                 p.grad.add_((self.srste * dense).masked_fill_(self.masks[p], 0))
         self.dense = {}

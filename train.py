@@ -19,7 +19,6 @@ import torch
 
 import optim
 import prune
-from export import pretrained_problems, starting_weights
 from model import ATTENTIONS, GPT, POSITIONS, model_config
 from support import guards, preflight, ranks
 from support.checks import check
@@ -28,6 +27,7 @@ from support.guards import Stop, stop_if_bad
 from support.machine import find_machine, memory_figures, peak_memory
 from support.memory import active_settings, set_up_model, within_memory
 from support.preflight import effective_batch
+from support.pretrained import pretrained_problems, starting_weights
 from support.rundir import FORMAT, TRACKERS, RunLog, clock, pack_weights, save_checkpoint
 from support.settings import Path, Refused, arguments, help_text, parse, run_command
 from support.shards import bits_a_byte, window_order
@@ -469,7 +469,7 @@ def write_summary(run, reason):
 def build_optimizer(s, flats):
     """(optimizer, pruner or None) over flattened parameters. ValueError: what they refuse."""
     groups = optim.parameter_groups(flats, s.weight_decay, s.prune_scope)
-    optimizer = optim.OPTIMIZERS[s.optimizer](groups, s, flats, s.compile)
+    optimizer = optim.OPTIMIZERS[s.optimizer](groups, s)
     if s.prune_score == 'none':
         return optimizer, None
     pruner = prune.Pruner(

@@ -1,7 +1,7 @@
 """Which schedule, ramp and rate suit 75% and 90%: 1,500 steps, one seed, one change at a time.
 
-tenth, zero: the learning rate ends at a tenth by cosine, or at zero in a straight line. late, early:
-when masks are chosen. half: the rate of the pruned goes with density to the power 1/2, not 1.
+tenth, zero: the learning rate ends at a tenth by cosine, or at zero in a straight line. late,
+early: when masks are chosen. half: the pruned's rate is over the root of their density.
 """
 base = 'config/vanilla_baseline.py'
 common = dict(

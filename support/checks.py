@@ -34,6 +34,8 @@ def check(s, typed=()):
         require(0 <= getattr(s, key) < 1, key, 'must be at least 0 and below 1')
     require(s.out_dir, 'out_dir', 'must not be empty')
     require(s.min_lr <= s.learning_rate, 'min_lr learning_rate', 'must not be above learning_rate')
+    require(s.learning_rate * s.weight_decay < 1, 'learning_rate weight_decay',
+            'their product must be below 1, or an update would remove all weights')
     decay_iters = s.lr_decay_iters or s.max_iters
     require(s.warmup_iters < decay_iters, 'warmup_iters max_iters lr_decay_iters',
             f'the warm-up must end before the decay does ({decay_iters})')

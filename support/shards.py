@@ -1,4 +1,4 @@
-"""The one reader of token shards, the order of the training windows, and the tokenizers.
+"""The one reader of token shards, and the order of the training windows.
 
 A shard is llm.c's: 256 little-endian int32 (magic, version, number of tokens, zeros), then uint16
 tokens. Every document ends with <|endoftext|>. nanoGPT's headerless train.bin and val.bin are read
@@ -150,6 +150,11 @@ class Data:
                               'prepare it again')
 
 
+def bits_a_byte(nats, size):
+    """Of a text of `size` bytes whose tokens cost `nats` in all; compares different tokenizers."""
+    return nats / math.log(2) / size
+
+
 def fingerprint_of(train, val):
     """16 hex digits of SHA-256 over both splits' names, sizes and tokens.
 
@@ -275,59 +280,3 @@ def window_order(positions, windows, seed):
         value[walking] = left << half | right
         walking = walking[value[walking] >= windows]
     return value.astype(np.int64).reshape(positions.shape)
-
-
-# --- tokenizers -----------------------------------------------------------------------------------
-
-
-def gpt2_encoding():
-    """tiktoken's GPT-2 encoding, fetched on first use and cached in TIKTOKEN_CACHE_DIR."""
-    try:
-        import tiktoken
-        return tiktoken.get_encoding('gpt2')
-    except (ImportError, OSError, ValueError) as error:
-        cache = os.environ.get('TIKTOKEN_CACHE_DIR', '')
-        raise Refused(
-            f"tokenizer='gpt2': the vocabulary cannot be fetched ({type(error).__name__}) and is "
-            f'not in TIKTOKEN_CACHE_DIR={cache!r}; where there is a network, pip install tiktoken '
-            "and run tiktoken.get_encoding('gpt2'); copy its cache here and set TIKTOKEN_CACHE_DIR "
-            'to it') from None
-
-
-class Tokenizer:
-    """Text to tokens and back."""
-
-    def __init__(self, name):
-        self.eot = VOCABULARY[name] - 1  # ends each document
-        self.encoding = gpt2_encoding() if name == 'gpt2' else None
-
-    def encode(self, text):
-        """List of tokens, without a final <|endoftext|>; a literal one is plain text."""
-        if self.encoding is None:
-            return list(text.encode())
-        try:
-            return self.encoding.encode(text, disallowed_special=())
-        except ValueError as error:  # of white space that the regular expression cannot take
-            raise Refused(f'a text of {len(text)} characters cannot be tokenized ({error}); '
-                          'shorten its white space') from None
-
-    def decode_bytes(self, tokens):
-        """UTF-8; a character may be split between tokens."""
-        if self.encoding is not None:
-            return self.encoding.decode_bytes(list(tokens))
-        return b''.join(EOT_TEXT.encode() if t == self.eot else bytes([t]) for t in tokens)
-
-    def decode(self, tokens):
-        return self.decode_bytes(tokens).decode(errors='replace')
-
-
-def bits_a_byte(nats, size):
-    """Of a text of `size` bytes whose tokens cost `nats` in all; compares different tokenizers."""
-    return nats / math.log(2) / size
-
-
-def get_tokenizer(name):
-    """The Tokenizer called 'gpt2' or 'bytes'. Refused if its vocabulary cannot be had."""
-    if name not in VOCABULARY:
-        raise Refused(f'tokenizer={name!r} is not one of {", ".join(VOCABULARY)}')
-    return Tokenizer(name)

@@ -57,3 +57,20 @@ def text(model, rows=3, T=None, seed=1):
     draw = torch.Generator().manual_seed(seed)
     shape = (rows, T or model.config.block_size)
     return torch.randint(model.config.vocab_size, shape, generator=draw)
+
+
+def shaken(model):
+    """With every parameter far enough from its initial value that each of them matters."""
+    torch.manual_seed(5)
+    for p in model.parameters():
+        p.data += 0.15 * torch.randn_like(p)
+    return model.eval()
+
+
+@torch.no_grad()
+def difference(ours, theirs):
+    """Largest difference of a logit of our model from that of transformers, on random tokens."""
+    tokens = torch.randint(ours.config.vocab_size, (3, ours.config.block_size))
+    logits = theirs(tokens).logits
+    assert logits.shape[-1] == ours.config.vocab_size and logits.std() > 0.01
+    return (ours(tokens) - logits).abs().max().item()

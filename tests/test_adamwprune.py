@@ -66,7 +66,7 @@ def test_memory_is_one_boolean_a_weight():
 @pytest.mark.parametrize('score', PRUNING)
 def test_steps_ask_the_device_nothing_but_where_masks_are_chosen(score, monkeypatch):
     params = parameters()
-    optimizer = AdamWPrune(params, **ramp(score))
+    optimizer = AdamWPrune(params, fused=True, **ramp(score))  # as in train.py
     run(optimizer, params, 5)  # the first choice was after 4
 
     def asked(*arguments):
@@ -84,7 +84,7 @@ def test_steps_ask_the_device_nothing_but_where_masks_are_chosen(score, monkeypa
 @pytest.mark.parametrize('wrong, told', [
     (dict(base='sgd'), "AdamWPrune: base='sgd' is not one of adamw, adamwspam"),
     (dict(spam_interval=50), "AdamWPrune: spam_interval given, but base='adamw'"),
-    (dict(lr=-1.0), 'AdamWPrune: lr=-1.0')])
+    (dict(lr=-1.0), 'Invalid learning rate: -1.0')])
 def test_adamwprune_refuses_the_impossible(wrong, told):
     with pytest.raises(ValueError) as caught:
         AdamWPrune(parameters(), **{**ramp('magnitude'), **wrong})
@@ -164,6 +164,7 @@ class Settings:
     spam_warmup = 4
     spam_theta = 50.0
     spam_grace = 2
+    compile = False
 
 
 def small_run(optimizer, mode, score, dtype, regrow, weights=None):
@@ -177,7 +178,7 @@ def small_run(optimizer, mode, score, dtype, regrow, weights=None):
     settings = Settings()
     settings.spam_mode = mode
     groups = optim.parameter_groups(flats, 0.1, 'blocks+embedding')
-    built = optim.OPTIMIZERS[optimizer](groups, settings, flats, False)
+    built = optim.OPTIMIZERS[optimizer](groups, settings)
     hold = built.recovering if isinstance(built, AdamWSPAM) else None
     more = dict(regrow=regrow, srste=1e-3 * regrow, lr_power=1.0, hold=hold)
     return net, flats, built, Pruner(built, **ramp(score, **more))

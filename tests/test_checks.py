@@ -125,6 +125,9 @@ IMPOSSIBLE = {
     'warm-up, decay': (dict(lr_decay_iters=2), [
         'warmup_iters=2 max_iters=8 lr_decay_iters=2: the warm-up must end before the decay '
         'does (2)']),
+    'decay': (dict(learning_rate=2.0, weight_decay=0.5), [
+        'learning_rate=2.0 weight_decay=0.5: their product must be below 1, or an update would '
+        'remove all weights']),
     'min_lr': (dict(min_lr=0.1), [
         'min_lr=0.1 learning_rate=0.01: must not be above learning_rate']),
     'evaluation': (dict(eval_tokens=31), [

@@ -18,7 +18,7 @@ from test_export import NASTY
 from torch.nn import functional as F
 
 import export
-from support.shards import get_tokenizer
+from support.tokenizer import get_tokenizer
 
 transformers = pytest.importorskip('transformers')
 pytestmark = [pytest.mark.clients, pytest.mark.gpt2]

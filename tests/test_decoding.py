@@ -1,4 +1,4 @@
-"""The cache and the readers of support/decoding.py, against reading the whole text at once."""
+"""model.py's cache and sample.py's readers, against reading the whole text at once."""
 from functools import partial
 
 import pytest
@@ -8,8 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from model import GPT, GPTConfig
-from sample import generate
-from support.decoding import CachedReader, read_whole
+from sample import CachedReader, generate, read_whole
 
 cached = pytest.mark.parametrize('told', CACHED.values(), ids=CACHED)
 PROMPTS = [[5], list(range(30)), list(range(48, 96)), list(range(20, 80)), [7, 8, 9]]

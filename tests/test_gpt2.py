@@ -1,7 +1,7 @@
 """The default model is GPT-2: transformers' GPT2LMHeadModel and the published sizes as oracle.
 
-A change of the model that is meant to leave GPT-2 breaks these tests, test_export.py's and the two
-of float8's MLP, all marked gpt2, and no others.
+A change of the model that is meant to leave GPT-2 breaks these tests, test_export.py's, three of
+test_pretrained.py and the two of float8's MLP, all marked gpt2, and no others.
 """
 import pytest
 import torch

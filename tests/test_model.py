@@ -1,5 +1,4 @@
 """model.py against float64 cross-entropy and what must hold of any language model."""
-import dataclasses
 import math
 from types import SimpleNamespace
 
@@ -11,9 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from kernels.loss import loss_chunk
-from model import GPT, GPTConfig, attention_backend, load_model, model_config
-from support.rundir import FORMAT, pack_weights, save_checkpoint
-from support.settings import Refused
+from model import GPT, GPTConfig, attention_backend, model_config
 
 
 def batch(config, rows=3, seed=1):
@@ -221,62 +218,3 @@ def test_compiled_gradients_are_those_of_the_plain_model():
         assert (p.grad - expected[name]).norm() <= 1e-5 * expected[name].norm(), name
     model.uncompile_parts()
     assert model.loss_chunk is loss_chunk and model.hidden.__func__ is GPT.hidden
-
-
-# --- from a run directory -------------------------------------------------------------------------
-
-
-def save(folder, name, model, config=None):
-    """A checkpoint as train.py writes it, of what load_model reads."""
-    folder.mkdir(exist_ok=True)
-    weights = {n: p.detach() for n, p in model.named_parameters()}
-    name_of_pruned = 'blocks.0.attention.proj.weight'
-    mask = {name_of_pruned: weights[name_of_pruned].abs() > 0.1}
-    config = config or dataclasses.asdict(model.config)
-    content = dict(format=FORMAT, model=config, settings={}, step=3, fingerprint='f00d',
-                   data=dict(name='tiny', tokenizer='bytes', vocab_size=131),
-                   weights=pack_weights(weights, mask, torch.float32))
-    save_checkpoint(str(folder / f'{name}.pt'), content)
-    return mask
-
-
-def test_a_saved_model_is_loaded_from_its_own_configuration(tmp_path, capsys):
-    model = lively(positions='rotary', n_kv_head=2)
-    mask = save(tmp_path / 'run', 'best', model)
-    loaded, saved = load_model(str(tmp_path / 'run'), 'best')
-    assert loaded.config == model.config and not loaded.training and saved['step'] == 3
-    for name, p in loaded.named_parameters():
-        expected = model.get_parameter(name)
-        if name in mask:
-            expected = expected * mask[name]
-        assert torch.equal(p, expected) and p.dtype == torch.float32
-    assert capsys.readouterr().err == ''
-
-
-def test_settings_that_only_one_side_knows_are_noted(tmp_path, capsys):
-    told = dataclasses.asdict(lively().config)
-    del told['positions']
-    save(tmp_path / 'run', 'last', lively(), {**told, 'n_experts': 8})
-    load_model(str(tmp_path / 'run'), 'last')
-    note, = capsys.readouterr().err.splitlines()
-    assert note.startswith('note: ') and 'n_experts, positions' in note
-
-
-def test_what_cannot_be_loaded_is_refused(tmp_path):
-    run = tmp_path / 'run'
-    with pytest.raises(Refused, match='no checkpoint'):
-        load_model(str(run), 'best')
-    save(run, 'last', lively())
-    with pytest.raises(Refused, match='no checkpoint .*/best.pt; .* use --checkpoint=last'):
-        load_model(str(run), 'best')
-    save(run, 'best', lively(), dataclasses.asdict(lively(bias=True).config))
-    with pytest.raises(Refused, match='does not fit this model.py: .*Missing key'):
-        load_model(str(run), 'best')
-    told = dataclasses.asdict(lively().config)
-    for change, message in ((dict(n_layer=10**6), r'n_layer=1000000, and \d+ tensors'),
-                            (dict(vocab_size=10**15), 'size mismatch'),
-                            (dict(n_embd=10**14, n_head=1), 'Storage size calculation overflowed'),
-                            (dict(n_head=0), 'by zero'), (dict(n_layer='2'), 'not supported')):
-        save(run, 'best', lively(), {**told, **change})
-        with pytest.raises(Refused, match=f'does not fit this model.py: .*{message}'):
-            load_model(str(run), 'best')

@@ -27,10 +27,11 @@ from texts import (
 import prepare
 from support import shards
 from support.shards import open_data
+from support.tokenizer import get_tokenizer
 
 
 def text_of(stream):
-    return shards.get_tokenizer('bytes').decode(whole(stream).tolist())
+    return get_tokenizer('bytes').decode(whole(stream).tolist())
 
 
 # --- shards ---------------------------------------------------------------------------------------

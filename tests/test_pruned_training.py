@@ -9,7 +9,7 @@ from conftest import last, refusal
 import export
 import optim
 import train
-from model import load_model
+from support.pretrained import load_model
 from support.rundir import load_checkpoint, read_metrics
 
 PRUNED = dict(prune_score='bitter7', prune_start=2, prune_end=9, prune_interval=2, max_iters=12)
@@ -198,7 +198,7 @@ def test_scores_do_not_depend_on_the_name_of_the_optimizer(tiny, tmp_path):
 
 
 def test_score_of_what_the_optimizer_does_not_keep_is_refused(tiny, monkeypatch):
-    def build_sgd(groups, settings, flats, compiled):
+    def build_sgd(groups, settings):
         return torch.optim.SGD(groups, settings.learning_rate, momentum=0.9)
 
     monkeypatch.setitem(optim.OPTIMIZERS, 'adamw', build_sgd)
@@ -208,7 +208,7 @@ def test_score_of_what_the_optimizer_does_not_keep_is_refused(tiny, monkeypatch)
 
 
 def test_any_optimizer_of_pytorch_is_pruned(tiny, tmp_path, monkeypatch):
-    def build_sgd(groups, settings, flats, compiled):
+    def build_sgd(groups, settings):
         return torch.optim.SGD(groups, settings.learning_rate, momentum=0.9)
 
     monkeypatch.setitem(optim.OPTIMIZERS, 'adamw', build_sgd)

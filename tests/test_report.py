@@ -449,7 +449,7 @@ def test_tables_in_the_documents_are_those_of_the_results(tmp_path, monkeypatch)
     copied = shutil.copy(committed, tmp_path)
     report.main([str(copied)])
     assert (tmp_path / 'RESULTS.md').read_text() == committed.read_text()
-    assert '| best_50 |' in committed.read_text()
+    assert ' best_50 |' in committed.read_text()
 
 
 class NoPicture:

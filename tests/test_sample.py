@@ -13,11 +13,11 @@ from models import MLA, RA, lively, text
 from torch.nn import functional as F
 
 import sample
-from sample import draw, generate
-from support.decoding import CachedReader
+from sample import CachedReader, draw, generate
 from support.rundir import FORMAT, save_checkpoint
 from support.settings import Refused
-from support.shards import EOT_TEXT, get_tokenizer
+from support.shards import EOT_TEXT
+from support.tokenizer import get_tokenizer
 
 HOME = pathlib.Path(__file__).resolve().parent.parent
 

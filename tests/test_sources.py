@@ -25,8 +25,9 @@ import prepare
 import sample
 import train
 from support import sources
-from support.shards import get_tokenizer, open_data
+from support.shards import open_data
 from support.sources import SOURCES, Source
+from support.tokenizer import get_tokenizer
 
 
 def test_a_source_of_ones_own_is_one_entry(tmp_path, monkeypatch, capsys):

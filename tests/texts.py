@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import prepare
-from support import shards
+from support import tokenizer
 from support.settings import Refused
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -127,5 +127,5 @@ def use_small_gpt2(monkeypatch):
     pattern = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
     encoding = tiktoken.Encoding('small', pat_str=pattern, mergeable_ranks=ranks,
                                  special_tokens={'<|endoftext|>': 50256})
-    monkeypatch.setattr(shards, 'gpt2_encoding', lambda: encoding)
+    monkeypatch.setattr(tokenizer, 'gpt2_encoding', lambda: encoding)
     return encoding
