@@ -245,7 +245,7 @@ def test_disk_that_fills_while_training(tiny, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize('changes, code', [
-    (dict(learning_rate=1e20, min_lr=0.0, warmup_iters=0), 3),  # NaN
+    (dict(learning_rate=1e20, min_lr=0.0, warmup_iters=0, weight_decay=0.0), 3),  # NaN
     ({}, 1),  # finished, but nobody will know
 ])
 def test_a_disk_without_room_for_the_summary(tiny, tmp_path, monkeypatch, changes, code):
