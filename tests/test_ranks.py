@@ -370,7 +370,8 @@ def test_torchrun_may_start_again_what_a_full_disk_ended(tiny, tmp_path, monkeyp
 
 
 def test_what_would_end_as_before_is_not_started_again(tiny, tmp_path, monkeypatch):
-    told = dict(init_from='auto', learning_rate=1e20, min_lr=0.0, warmup_iters=0)
+    told = dict(init_from='auto', learning_rate=1e20, min_lr=0.0, warmup_iters=0,
+                weight_decay=0.0)
     assert train.main(tiny(**told)) == 3
     monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', '0')
     assert train.main(tiny(**told)) == 3  # by hand it may be tried again
