@@ -177,10 +177,12 @@ def select(scores: list[Tensor], sparsity: float, floor: float = 0.0) -> list[Te
     sizes = [s.numel() for s in scores]
     limits = most_that_can_go(sizes, sparsity, floor)
     keys = torch.cat([sort_keys(s) for s in scores])  # (n,)
-    for own, limit in zip(keys.split(sizes), limits):
-        if limit < len(own):  # what the floor keeps is lifted out of reach
-            own.masked_fill_(~lowest(own, limit), 0x7FFFFFFF)
     pruned = lowest(keys, round(sparsity * len(keys))).split(sizes)
+    counts = torch.stack([each.sum() for each in pruned]).tolist()
+    if any(count > limit for count, limit in zip(counts, limits)):
+        for own, limit in zip(keys.split(sizes), limits):  # lift what the floor keeps out of reach
+            own.masked_fill_(~lowest(own, limit), 0x7FFFFFFF)
+        pruned = lowest(keys, round(sparsity * len(keys))).split(sizes)
     return [~each.view(s.shape) for each, s in zip(pruned, scores)]
 
 

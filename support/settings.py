@@ -57,8 +57,6 @@ def exit_code(error):
     """
     if os.environ.get('NANOPRUNE_TRACEBACK'):
         traceback.print_exception(error)
-    if isinstance(error, OSError) and isinstance(error.__context__, Refused):
-        error = error.__context__  # the same full disk took no summary either
     if isinstance(error, Refused):
         tell('\n'.join(['refused:', *(f'  - {problem}' for problem in error.problems)]))
         return 2

@@ -32,8 +32,8 @@ def text_log(folder):
 def test_divergence_stops_and_keeps_the_last_good_checkpoint(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(guards, 'DIVERGE_STEPS', 8)
     monkeypatch.setattr(guards, 'AVERAGED_LINES', 2)
-    told = dict(learning_rate=10.0, min_lr=0.0, warmup_iters=40, max_iters=100, log_interval=1,
-                save_interval=1, eval_interval=100)
+    told = dict(learning_rate=10.0, weight_decay=0.0, min_lr=0.0, warmup_iters=40, max_iters=100,
+                log_interval=1, save_interval=1, eval_interval=100)
     assert train.main(tiny(**told)) == 3
     result, by_step = summary(tmp_path / 'run'), losses(tmp_path / 'run')
     assert result['exit_reason'] == 'diverged'

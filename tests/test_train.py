@@ -505,7 +505,7 @@ def test_after_a_nan_no_masks_are_chosen_and_the_summary_tells_the_checkpoint(
 
 
 def test_a_validation_loss_that_is_not_finite_ends_the_run_unsaved(tiny, tmp_path):
-    told = tiny(learning_rate=1e20, min_lr=0, warmup_iters=0, max_iters=1)
+    told = tiny(learning_rate=1e20, weight_decay=0.0, min_lr=0, warmup_iters=0, max_iters=1)
     assert train.main(told) == 3
     assert not (tmp_path / 'run' / 'last.pt').exists()
     assert summary(tmp_path / 'run')['exit_reason'] == 'nan'
