@@ -137,26 +137,29 @@ class CachedReader:
 # --- the next token -------------------------------------------------------------------------------
 
 
-def draw(logits, temperature, top_k, top_p, generators):
-    """One token a row from logits (B, vocab_size), by one number of each row's own generator."""
-    highest = logits.amax(-1, keepdim=True)
-    if not highest.isfinite().all():
-        raise Refused('the model gives logits that are not finite: its weights are broken, or too '
-                      'large for the dtype')
+AHEAD = 256  # steps whose random numbers are drawn at once
+
+
+def draw(logits, temperature, top_k, top_p, numbers):
+    """One token a row (B,) of logits (B, vocab_size), by a number in [0, 1) a row (B,), float64.
+
+    -1 where a logit is not finite. Nothing waits for the device.
+    """
+    highest = logits.amax(-1, keepdim=True)  # (B, 1)
     if temperature == 0:
-        return logits.argmax(-1).tolist()
-    logits, order = logits.topk(top_k or logits.size(-1))  # (B, K) each, likeliest first
-    # The highest is moved to 0, because low temperatures overflow.
-    probabilities = ((logits - highest).double() / temperature).softmax(-1)
-    if top_p < 1:  # a token goes if those before it are enough
-        before = probabilities.cumsum(-1) - probabilities
-        probabilities = probabilities.masked_fill(before >= top_p, 0)
-    reach = probabilities.cumsum(-1)
-    # One number a row: torch.multinomial would be called for each row, six times as slow.
-    numbers = [torch.rand((), dtype=torch.float64, generator=each) for each in generators]  # [0, 1)
-    points = torch.stack(numbers).to(reach.device)[:, None] * reach[:, -1:]  # (B, 1)
-    chosen = torch.searchsorted(reach, points, right=True).clamp(max=reach.size(-1) - 1)
-    return order.gather(-1, chosen)[:, 0].tolist()
+        chosen = logits.argmax(-1, keepdim=True)
+    else:
+        logits, order = logits.topk(top_k or logits.size(-1))  # (B, K) each, likeliest first
+        # The highest is moved to 0, because low temperatures overflow.
+        probabilities = ((logits - highest).double() / temperature).softmax(-1)
+        if top_p < 1:  # a token goes if those before it are enough
+            before = probabilities.cumsum(-1) - probabilities
+            probabilities = probabilities.masked_fill(before >= top_p, 0)
+        reach = probabilities.cumsum(-1)
+        # One number a row: torch.multinomial would be called for each row, six times as slow.
+        place = torch.searchsorted(reach, numbers[:, None] * reach[:, -1:], right=True)  # (B, 1)
+        chosen = order.gather(-1, place.clamp(max=reach.size(-1) - 1))
+    return chosen.masked_fill(~highest.isfinite(), -1)[:, 0]
 
 
 @torch.inference_mode()
@@ -171,8 +174,15 @@ def generate(reader, block_size, prompts, seeds, max_new_tokens, temperature, to
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     seen = [prompt[-block_size:] for prompt in prompts]
     ended = [False] * len(prompts)
-    for _ in range(max_new_tokens):
-        drawn = draw(reader(seen).float(), temperature, top_k, top_p, generators)
+    for step in range(max_new_tokens):
+        logits = reader(seen).float()  # (B, vocab_size)
+        if step % AHEAD == 0:
+            numbers = [torch.rand(AHEAD, dtype=torch.float64, generator=g) for g in generators]
+            numbers = torch.stack(numbers, 1).to(logits.device)  # (AHEAD, B)
+        drawn = draw(logits, temperature, top_k, top_p, numbers[step % AHEAD]).tolist()
+        if min(drawn) < 0:
+            raise Refused('the model gives logits that are not finite: its weights are broken, or '
+                          'too large for the dtype')
         yield [None if over else token for token, over in zip(drawn, ended)]
         for row, token in enumerate(drawn):
             ended[row] |= token == end

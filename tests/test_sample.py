@@ -22,8 +22,8 @@ from support.tokenizer import get_tokenizer
 HOME = pathlib.Path(__file__).resolve().parent.parent
 
 
-def generators(count):
-    return [torch.Generator().manual_seed(i) for i in range(count)]
+def numbers(count):
+    return torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
 # --- drawing --------------------------------------------------------------------------------------
@@ -34,7 +34,7 @@ def generators(count):
 def test_top_p_keeps_the_fewest_likeliest_tokens_that_make_it_up(top_p, kept):
     probabilities = torch.tensor([0.1, 0.4, 0.05, 0.3, 0.15])
     logits = probabilities.log().expand(2000, 5)
-    drawn = torch.tensor(draw(logits, 1.0, 0, top_p, generators(2000)))
+    drawn = draw(logits, 1.0, 0, top_p, numbers(2000))
     assert set(drawn.tolist()) == kept
     tokens = list(kept)
     expected = probabilities[tokens] / probabilities[tokens].sum()
@@ -44,15 +44,26 @@ def test_top_p_keeps_the_fewest_likeliest_tokens_that_make_it_up(top_p, kept):
 
 def test_temperature_divides_the_logits():
     probabilities = torch.tensor([0.1, 0.6, 0.3])
-    drawn = torch.tensor(draw(probabilities.log().expand(4000, 3), 2.0, 0, 1.0, generators(4000)))
+    drawn = draw(probabilities.log().expand(4000, 3), 2.0, 0, 1.0, numbers(4000))
     expected = probabilities.sqrt() / probabilities.sqrt().sum()
     assert (drawn.bincount(minlength=3) / 4000 - expected).abs().max() < 0.03
 
 
 def test_top_p_counts_among_the_top_k():
     logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log().expand(300, 4)
-    assert set(draw(logits, 1.0, 2, 0.58, generators(300))) == {0, 1}  # 4/7 of two is not 0.58 yet
-    assert set(draw(logits, 1.0, 2, 0.56, generators(300))) == {0}
+    drawn = draw(logits, 1.0, 2, 0.58, numbers(300))
+    assert set(drawn.tolist()) == {0, 1}  # 4/7 of two is not 0.58 yet
+    assert set(draw(logits, 1.0, 2, 0.56, numbers(300)).tolist()) == {0}
+
+
+@pytest.mark.parametrize('told', [(0, 0, 1.0), (1.0, 0, 1.0), (1.0, 2, 0.9)], ids=str)
+def test_a_draw_asks_the_device_nothing(told, monkeypatch):
+    def asked(*arguments):
+        raise AssertionError('a tensor was read on the host')
+
+    for name in ('item', 'tolist', '__bool__', '__int__', '__float__', '__index__', 'cpu'):
+        monkeypatch.setattr(torch.Tensor, name, asked)
+    draw(torch.zeros(2, 5), *told, numbers(2))
 
 
 @pytest.mark.parametrize('told', [(0, 0, 1.0), (1.0, 0, 1.0), (1.0, 2, 0.9)], ids=str)
@@ -61,7 +72,7 @@ def test_logits_that_are_not_finite_are_an_error(told, broken):
     logits = torch.zeros(2, 5)
     logits[1, 3] = broken
     with pytest.raises(Refused, match='the model gives logits that are not finite'):
-        draw(logits, *told, generators(2))
+        list(generate(lambda texts: logits, 8, [[1], [1]], [0, 1], 3, *told))
 
 
 # --- texts ----------------------------------------------------------------------------------------
