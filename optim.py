@@ -7,6 +7,7 @@ one kernel, and any optimizer is given views of the masters. AdamW is PyTorch's 
 In another project: copy optim.py and prune.py, which need nothing but torch.
 """
 import functools
+import inspect
 import itertools
 import math
 from collections.abc import Callable
@@ -195,7 +196,7 @@ def paper(optimizer, params):
     for group in optimizer.param_groups:
         # PyTorch decays by lr * weight_decay, then steps by lr * m / (sqrt(v) / root + eps).
         root = math.sqrt(1 - group['betas'][1] ** spam['updates'])
-        keep = 1 - group['lr'] * group['weight_decay']
+        keep = (1 - group['lr'] * group['weight_decay']) or 1e-12  # which is divided by
         group['lr'] *= factor * keep
         group['weight_decay'] /= factor * keep
         group['eps'] /= root
@@ -228,8 +229,7 @@ def stable(optimizer, params):
     correction instead of a warm-up."""
     spam = optimizer.spam
     levels = [row for p, row in zip(optimizer.parameters(), spam['levels']) if p.grad is not None]
-    eps = optimizer.param_groups[0]['eps']
-    cut = stabilise([p.grad for p in params], levels, spam['updates'], eps)
+    cut = stabilise([p.grad for p in params], levels, optimizer.param_groups[0]['eps'])
     if optimizer.since_reset() == 0:
         optimizer.reset_moments(params)
         for state in optimizer.states(params):
@@ -257,14 +257,15 @@ def is_norm_spike(norm, norms):
     return fires
 
 
-def stabilise(grads, levels, seen, eps):
+def stabilise(grads, levels, eps):
     """AdaClip and AdaGN (arXiv 2502.17055; gamma 0.7 and 0.9, theta 0.999) on S tensors, in place.
 
-    levels: each tensor's usual maximum, norm and squared norm (3,), which take in nothing that is
-    not finite; seen: updates in them, this one included. Elements above the usual maximum T are
-    scaled by T / max, then a tensor gets its usual norm. Returns how many were above T, 0-dim.
+    levels: each tensor's usual maximum, norm and squared norm, and the updates in them (4,), which
+    take in nothing that is not finite. Elements above the usual maximum T are scaled by T / max,
+    then a tensor gets its usual norm. Returns how many were above T, 0-dim.
     """
-    before = torch.stack(levels)  # (S, 3)
+    before = torch.stack(levels)  # (S, 4)
+    seen = before[:, 3] + 1  # this one included
     largest = torch.stack(torch._foreach_norm(grads, math.inf))  # (S,)
     level = 0.999 * before[:, 0] + (1 - 0.999) * largest
     usual = level / (1 - 0.999 ** seen)
@@ -279,15 +280,15 @@ def stabilise(grads, levels, seen, eps):
     square = 0.9 * before[:, 2] + (1 - 0.9) * norm * norm
     wanted = mean / (1 - 0.7 ** seen) / ((square / (1 - 0.9 ** seen)).sqrt() + eps)
     torch._foreach_mul_(grads, torch.where(norm > 0, wanted / norm, 1.0).unbind())
-    after = torch.stack([level, mean, square], 1)
+    after = torch.stack([level, mean, square, seen], 1)
     after = torch.where(norm.isfinite()[:, None], after, before)
     torch._foreach_copy_(levels, after.unbind())
     return torch.stack(counts).sum()
 
 
 class AdamWSPAM(AdamW):
-    """AdamW, of whose arguments it takes all but amsgrad, that survives gradient spikes by one of
-    SPAM_MODES. A step changes gradients, as torch's clip_grad_norm_ does.
+    """AdamW that survives gradient spikes by one of SPAM_MODES. It takes AdamW's arguments but for
+    amsgrad, capturable and differentiable. A step changes gradients, as clip_grad_norm_ does.
 
     spam_interval: updates between resets of the moments, 0: none. spam_warmup: updates after one
     with a smaller step. spam_theta: g^2 may be theta v (None: 5000 in 'paper', 50 in 'reference').
@@ -307,17 +308,20 @@ class AdamWSPAM(AdamW):
         for name, value in numbers.items():
             if not (value or 0) >= 0:
                 raise ValueError(f'{who}: spam_{name}={value} must not be negative')
+        for name in ('capturable', 'differentiable'):
+            if others.get(name):
+                raise ValueError(f'{who}: {name}=True is not offered, because a step counts on the '
+                                 'host and outside of autograd; leave it out')
         super().__init__(params, lr, betas, eps, weight_decay, spam_mode == 'reference', **others)
         self._step_supports_amp_scaling = False  # a GradScaler unscales before spikes are cut
-        self.defaults['spam'] = None  # of groups but the first
+        self.defaults.update(spam=None, compiled=compiled)  # spam: of groups but the first
         self.param_groups[0]['spam'] = {
             **numbers,
             'mode': spam_mode,
-            'compiled': compiled,
             'updates': 0,
             'counts': torch.zeros(3, dtype=torch.int64),  # as in counters
             'norms': torch.full((100,), -1.0, dtype=torch.float64),  # see is_norm_spike
-            'levels': torch.zeros(0, 3, dtype=torch.float64),  # a row a parameter, see stabilise
+            'levels': torch.zeros(0, 4, dtype=torch.float64),  # a row a parameter, see stabilise
         }
 
     def add_param_group(self, param_group):
@@ -336,18 +340,24 @@ class AdamWSPAM(AdamW):
     def step(self, closure: Callable | None = None):
         """One update; returns what the closure returns."""
         loss = torch.enable_grad()(closure)() if closure else None
+        params = [p for p in self.parameters() if p.grad is not None]
+        if not params:
+            return loss
         spam = self.spam
-        params = self.parameters()
-        missing = len(params) - len(spam['levels'])
+        missing = len(self.parameters()) - len(spam['levels'])
         spam['levels'] = F.pad(spam['levels'], (0, 0, 0, missing))
         for key in ('counts', 'norms', 'levels'):  # new and loaded ones may lie on the CPU
             spam[key] = spam[key].to(params[0].device)
         spam['updates'] += 1
         usual = [dict(group) for group in self.param_groups]
-        cut, fired = SPAM_MODES[spam['mode']](self, [p for p in params if p.grad is not None])
-        super().step()
-        for group, before in zip(self.param_groups, usual):
-            group.update(lr=before['lr'], eps=before['eps'], weight_decay=before['weight_decay'])
+        try:
+            for group in self.param_groups:
+                group['lr'] = float(group['lr'])  # lest a mode change a tensor in place
+            cut, fired = SPAM_MODES[spam['mode']](self, params)
+            inspect.unwrap(AdamW.step)(self)  # without hooks, which are around this step()
+        finally:
+            for group, before in zip(self.param_groups, usual):
+                group.update(before)
         spam['counts'][0].add_((cut > 0) | fired)
         spam['counts'][1].add_(cut)
         spam['counts'][2].add_(self.since_reset() == 0)
@@ -375,7 +385,7 @@ class AdamWSPAM(AdamW):
             if not self.state[p]:
                 continue
             exp_avg_sq = self.state[p]['exp_avg_sq']
-            if self.spam['compiled']:  # of one shape but for the length, for one graph
+            if self.defaults['compiled']:  # of one shape but for the length, for one graph
                 one_kernel = compiled(clip_spikes, dynamic=True)
                 cut += one_kernel(p.grad.view(-1), exp_avg_sq.view(-1), theta, least)
             else:
@@ -384,10 +394,10 @@ class AdamWSPAM(AdamW):
 
     def load_state_dict(self, state_dict):
         """As in torch. ValueError: the state of another optimizer."""
-        missing = self.defaults.keys() - state_dict['param_groups'][0].keys()
-        if missing:
+        own = {'spam', 'pruner'} & self.defaults.keys()
+        if missing := sorted(own - state_dict['param_groups'][0].keys()):
             raise ValueError(f'{type(self).__name__}: this state is of another optimizer, because '
-                             f"it has no {', '.join(sorted(missing))}")
+                             f"it has no {', '.join(missing)}")
         super().load_state_dict(state_dict)
 
     def since_reset(self):
@@ -438,11 +448,13 @@ class AdamWPrune(AdamWSPAM):
         loss = torch.enable_grad()(closure)() if closure else None
         self.pruner.put_back()
         rates = [group['lr'] for group in self.param_groups]
-        for group in self.param_groups:
-            group['lr'] *= self.pruner.rate_factor(group)
-        self.BASES[self.base].step(self)
-        for group, rate in zip(self.param_groups, rates):
-            group['lr'] = rate
+        try:
+            for group, rate in zip(self.param_groups, rates):
+                group['lr'] = rate * self.pruner.rate_factor(group)
+            inspect.unwrap(self.BASES[self.base].step)(self)  # without hooks, as in AdamWSPAM
+        finally:
+            for group, rate in zip(self.param_groups, rates):
+                group['lr'] = rate
         self.pruner.step()
         self.show_masks()
         return loss
