@@ -167,7 +167,7 @@ def compiled(function, dynamic=False):
     return torch.compile(function, fullgraph=True, dynamic=dynamic)
 
 
-def clip_spikes(grad, exp_avg_sq, theta, least=0.0):
+def clip_spikes(grad, exp_avg_sq, theta, least):
     """In place: where grad^2 > theta (exp_avg_sq + least), |grad| is cut to the root of that (SPAM,
     arXiv 2501.06842). Returns how many elements were cut, 0-dim.
 
