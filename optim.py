@@ -6,6 +6,7 @@ one kernel, and any optimizer is given views of the masters. AdamW is PyTorch's 
 
 In another project: copy optim.py and prune.py, which need nothing but torch.
 """
+import contextlib
 import functools
 import inspect
 import itertools
@@ -286,9 +287,20 @@ def stabilise(grads, levels, eps):
     return torch.stack(counts).sum()
 
 
+@contextlib.contextmanager
+def groups_kept(optimizer):
+    """Afterwards the options of its groups are what they were, also when a step fails."""
+    before = [dict(group) for group in optimizer.param_groups]
+    try:
+        yield
+    finally:
+        for group, options in zip(optimizer.param_groups, before):
+            group.update(options)
+
+
 class AdamWSPAM(AdamW):
-    """AdamW that survives gradient spikes by one of SPAM_MODES. It takes AdamW's arguments but for
-    amsgrad, capturable and differentiable. A step changes gradients, as clip_grad_norm_ does.
+    """AdamW that survives gradient spikes by one of SPAM_MODES. A step changes gradients, as
+    torch's clip_grad_norm_ does, and counts on the host: a CUDA graph cannot repeat it.
 
     spam_interval: updates between resets of the moments, 0: none. spam_warmup: updates after one
     with a smaller step. spam_theta: g^2 may be theta v (None: 5000 in 'paper', 50 in 'reference').
@@ -296,11 +308,12 @@ class AdamWSPAM(AdamW):
     one kernel a parameter, which must be contiguous. All parameters lie on one device.
     """
 
-    def __init__(self, params: ParamsT, lr: float = 1e-3,
+    def __init__(self, params: ParamsT, lr: float | torch.Tensor = 1e-3,
                  betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
-                 weight_decay: float = 1e-2, *, spam_mode: str = 'paper', spam_interval: int = 500,
+                 weight_decay: float = 1e-2, *, maximize: bool = False, foreach: bool | None = None,
+                 fused: bool | None = None, spam_mode: str = 'paper', spam_interval: int = 500,
                  spam_warmup: int = 150, spam_theta: float | None = None, spam_grace: int = 20,
-                 compiled: bool = False, **others: Any):
+                 compiled: bool = False):
         who = type(self).__name__
         prune.known(f'{who}: spam_mode', spam_mode, SPAM_MODES)
         numbers = dict(interval=spam_interval, warmup=spam_warmup, theta=spam_theta,
@@ -308,11 +321,8 @@ class AdamWSPAM(AdamW):
         for name, value in numbers.items():
             if not (value or 0) >= 0:
                 raise ValueError(f'{who}: spam_{name}={value} must not be negative')
-        for name in ('capturable', 'differentiable'):
-            if others.get(name):
-                raise ValueError(f'{who}: {name}=True is not offered, because a step counts on the '
-                                 'host and outside of autograd; leave it out')
-        super().__init__(params, lr, betas, eps, weight_decay, spam_mode == 'reference', **others)
+        super().__init__(params, lr, betas, eps, weight_decay, spam_mode == 'reference',
+                         maximize=maximize, foreach=foreach, fused=fused)
         self._step_supports_amp_scaling = False  # a GradScaler unscales before spikes are cut
         self.defaults.update(spam=None, compiled=compiled)  # spam: of groups but the first
         self.param_groups[0]['spam'] = {
@@ -349,15 +359,11 @@ class AdamWSPAM(AdamW):
         for key in ('counts', 'norms', 'levels'):  # new and loaded ones may lie on the CPU
             spam[key] = spam[key].to(params[0].device)
         spam['updates'] += 1
-        usual = [dict(group) for group in self.param_groups]
-        try:
+        with groups_kept(self):
             for group in self.param_groups:
-                group['lr'] = float(group['lr'])  # lest a mode change a tensor in place
+                group['lr'] = float(group['lr'])  # a tensor would be changed in place
             cut, fired = SPAM_MODES[spam['mode']](self, params)
             inspect.unwrap(AdamW.step)(self)  # without hooks, which are around this step()
-        finally:
-            for group, before in zip(self.param_groups, usual):
-                group.update(before)
         spam['counts'][0].add_((cut > 0) | fired)
         spam['counts'][1].add_(cut)
         spam['counts'][2].add_(self.since_reset() == 0)
@@ -447,14 +453,10 @@ class AdamWPrune(AdamWSPAM):
         """One update, then the pruner's part; returns what the closure returns."""
         loss = torch.enable_grad()(closure)() if closure else None
         self.pruner.put_back()
-        rates = [group['lr'] for group in self.param_groups]
-        try:
-            for group, rate in zip(self.param_groups, rates):
-                group['lr'] = rate * self.pruner.rate_factor(group)
+        with groups_kept(self):
+            for group in self.param_groups:
+                group['lr'] = group['lr'] * self.pruner.rate_factor(group)
             inspect.unwrap(self.BASES[self.base].step)(self)  # without hooks, as in AdamWSPAM
-        finally:
-            for group, rate in zip(self.param_groups, rates):
-                group['lr'] = rate
         self.pruner.step()
         self.show_masks()
         return loss
