@@ -191,7 +191,7 @@ def paper(optimizer, params):
         factor -= 0.99 * (1 + math.cos(math.pi * since / (spam['warmup'] + 1))) / 2
     cut = 0
     if since == 0:
-        optimizer.reset_moments(params)
+        optimizer.reset(params, 'exp_avg', 'exp_avg_sq')
     elif since >= spam['grace']:
         cut = optimizer.clip(params, 5000.0)
     for group in optimizer.param_groups:
@@ -221,7 +221,7 @@ def reference(optimizer, params):
         state['exp_avg'].mul_(1 - 0.5 * fired.double())
         state['exp_avg_sq'].mul_(1 - 0.1 * fired.double())
     if since == 0:
-        optimizer.reset_moments(params)
+        optimizer.reset(params, 'exp_avg', 'exp_avg_sq')
     return cut, fired
 
 
@@ -232,9 +232,7 @@ def stable(optimizer, params):
     levels = [row for p, row in zip(optimizer.parameters(), spam['levels']) if p.grad is not None]
     cut = stabilise([p.grad for p in params], levels, optimizer.param_groups[0]['eps'])
     if optimizer.since_reset() == 0:
-        optimizer.reset_moments(params)
-        for state in optimizer.states(params):
-            state['step'].zero_()
+        optimizer.reset(params, 'exp_avg', 'exp_avg_sq', 'step')
     return cut, False
 
 
@@ -377,10 +375,9 @@ class AdamWSPAM(AdamW):
         """The state of those that have had an update."""
         return [self.state[p] for p in params if self.state[p]]
 
-    def reset_moments(self, params):
+    def reset(self, params, *keys):
         for state in self.states(params):
-            state['exp_avg'].zero_()
-            state['exp_avg_sq'].zero_()
+            torch._foreach_zero_([state[key] for key in keys])
 
     def clip(self, params, theta, least=0.0):
         """clip_spikes of what has a history, at spam_theta or else `theta`."""
