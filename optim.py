@@ -6,7 +6,9 @@ one kernel, and any optimizer is given views of the masters. AdamW is PyTorch's 
 
 In another project: copy optim.py and prune.py, which need nothing but torch.
 """
+import contextlib
 import functools
+import inspect
 import itertools
 import math
 from collections.abc import Callable
@@ -166,7 +168,7 @@ def compiled(function, dynamic=False):
     return torch.compile(function, fullgraph=True, dynamic=dynamic)
 
 
-def clip_spikes(grad, exp_avg_sq, theta, least=0.0):
+def clip_spikes(grad, exp_avg_sq, theta, least):
     """In place: where grad^2 > theta (exp_avg_sq + least), |grad| is cut to the root of that (SPAM,
     arXiv 2501.06842). Returns how many elements were cut, 0-dim.
 
@@ -189,13 +191,13 @@ def paper(optimizer, params):
         factor -= 0.99 * (1 + math.cos(math.pi * since / (spam['warmup'] + 1))) / 2
     cut = 0
     if since == 0:
-        optimizer.reset_moments(params)
+        optimizer.reset(params, 'exp_avg', 'exp_avg_sq')
     elif since >= spam['grace']:
         cut = optimizer.clip(params, 5000.0)
     for group in optimizer.param_groups:
         # PyTorch decays by lr * weight_decay, then steps by lr * m / (sqrt(v) / root + eps).
         root = math.sqrt(1 - group['betas'][1] ** spam['updates'])
-        keep = 1 - group['lr'] * group['weight_decay']
+        keep = (1 - group['lr'] * group['weight_decay']) or 1e-12  # which is divided by
         group['lr'] *= factor * keep
         group['weight_decay'] /= factor * keep
         group['eps'] /= root
@@ -219,7 +221,7 @@ def reference(optimizer, params):
         state['exp_avg'].mul_(1 - 0.5 * fired.double())
         state['exp_avg_sq'].mul_(1 - 0.1 * fired.double())
     if since == 0:
-        optimizer.reset_moments(params)
+        optimizer.reset(params, 'exp_avg', 'exp_avg_sq')
     return cut, fired
 
 
@@ -228,12 +230,9 @@ def stable(optimizer, params):
     correction instead of a warm-up."""
     spam = optimizer.spam
     levels = [row for p, row in zip(optimizer.parameters(), spam['levels']) if p.grad is not None]
-    eps = optimizer.param_groups[0]['eps']
-    cut = stabilise([p.grad for p in params], levels, spam['updates'], eps)
+    cut = stabilise([p.grad for p in params], levels, optimizer.param_groups[0]['eps'])
     if optimizer.since_reset() == 0:
-        optimizer.reset_moments(params)
-        for state in optimizer.states(params):
-            state['step'].zero_()
+        optimizer.reset(params, 'exp_avg', 'exp_avg_sq', 'step')
     return cut, False
 
 
@@ -257,14 +256,15 @@ def is_norm_spike(norm, norms):
     return fires
 
 
-def stabilise(grads, levels, seen, eps):
+def stabilise(grads, levels, eps):
     """AdaClip and AdaGN (arXiv 2502.17055; gamma 0.7 and 0.9, theta 0.999) on S tensors, in place.
 
-    levels: each tensor's usual maximum, norm and squared norm (3,), which take in nothing that is
-    not finite; seen: updates in them, this one included. Elements above the usual maximum T are
-    scaled by T / max, then a tensor gets its usual norm. Returns how many were above T, 0-dim.
+    levels: each tensor's usual maximum, norm and squared norm, and the updates in them (4,), which
+    take in nothing that is not finite. Elements above the usual maximum T are scaled by T / max,
+    then a tensor gets its usual norm. Returns how many were above T, 0-dim.
     """
-    before = torch.stack(levels)  # (S, 3)
+    before = torch.stack(levels)  # (S, 4)
+    seen = before[:, 3] + 1  # this one included
     largest = torch.stack(torch._foreach_norm(grads, math.inf))  # (S,)
     level = 0.999 * before[:, 0] + (1 - 0.999) * largest
     usual = level / (1 - 0.999 ** seen)
@@ -279,15 +279,26 @@ def stabilise(grads, levels, seen, eps):
     square = 0.9 * before[:, 2] + (1 - 0.9) * norm * norm
     wanted = mean / (1 - 0.7 ** seen) / ((square / (1 - 0.9 ** seen)).sqrt() + eps)
     torch._foreach_mul_(grads, torch.where(norm > 0, wanted / norm, 1.0).unbind())
-    after = torch.stack([level, mean, square], 1)
+    after = torch.stack([level, mean, square, seen], 1)
     after = torch.where(norm.isfinite()[:, None], after, before)
     torch._foreach_copy_(levels, after.unbind())
     return torch.stack(counts).sum()
 
 
+@contextlib.contextmanager
+def groups_kept(optimizer):
+    """Afterwards the options of its groups are what they were, also when a step fails."""
+    before = [dict(group) for group in optimizer.param_groups]
+    try:
+        yield
+    finally:
+        for group, options in zip(optimizer.param_groups, before):
+            group.update(options)
+
+
 class AdamWSPAM(AdamW):
-    """AdamW, of whose arguments it takes all but amsgrad, that survives gradient spikes by one of
-    SPAM_MODES. A step changes gradients, as torch's clip_grad_norm_ does.
+    """AdamW that survives gradient spikes by one of SPAM_MODES. A step changes gradients, as
+    torch's clip_grad_norm_ does, and counts on the host: a CUDA graph cannot repeat it.
 
     spam_interval: updates between resets of the moments, 0: none. spam_warmup: updates after one
     with a smaller step. spam_theta: g^2 may be theta v (None: 5000 in 'paper', 50 in 'reference').
@@ -295,11 +306,12 @@ class AdamWSPAM(AdamW):
     one kernel a parameter, which must be contiguous. All parameters lie on one device.
     """
 
-    def __init__(self, params: ParamsT, lr: float = 1e-3,
+    def __init__(self, params: ParamsT, lr: float | torch.Tensor = 1e-3,
                  betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
-                 weight_decay: float = 1e-2, *, spam_mode: str = 'paper', spam_interval: int = 500,
+                 weight_decay: float = 1e-2, *, maximize: bool = False, foreach: bool | None = None,
+                 fused: bool | None = None, spam_mode: str = 'paper', spam_interval: int = 500,
                  spam_warmup: int = 150, spam_theta: float | None = None, spam_grace: int = 20,
-                 compiled: bool = False, **others: Any):
+                 compiled: bool = False):
         who = type(self).__name__
         prune.known(f'{who}: spam_mode', spam_mode, SPAM_MODES)
         numbers = dict(interval=spam_interval, warmup=spam_warmup, theta=spam_theta,
@@ -307,17 +319,17 @@ class AdamWSPAM(AdamW):
         for name, value in numbers.items():
             if not (value or 0) >= 0:
                 raise ValueError(f'{who}: spam_{name}={value} must not be negative')
-        super().__init__(params, lr, betas, eps, weight_decay, spam_mode == 'reference', **others)
+        super().__init__(params, lr, betas, eps, weight_decay, spam_mode == 'reference',
+                         maximize=maximize, foreach=foreach, fused=fused)
         self._step_supports_amp_scaling = False  # a GradScaler unscales before spikes are cut
-        self.defaults['spam'] = None  # of groups but the first
+        self.defaults.update(spam=None, compiled=compiled)  # spam: of groups but the first
         self.param_groups[0]['spam'] = {
             **numbers,
             'mode': spam_mode,
-            'compiled': compiled,
             'updates': 0,
             'counts': torch.zeros(3, dtype=torch.int64),  # as in counters
             'norms': torch.full((100,), -1.0, dtype=torch.float64),  # see is_norm_spike
-            'levels': torch.zeros(0, 3, dtype=torch.float64),  # a row a parameter, see stabilise
+            'levels': torch.zeros(0, 4, dtype=torch.float64),  # a row a parameter, see stabilise
         }
 
     def add_param_group(self, param_group):
@@ -336,18 +348,20 @@ class AdamWSPAM(AdamW):
     def step(self, closure: Callable | None = None):
         """One update; returns what the closure returns."""
         loss = torch.enable_grad()(closure)() if closure else None
+        params = [p for p in self.parameters() if p.grad is not None]
+        if not params:
+            return loss
         spam = self.spam
-        params = self.parameters()
-        missing = len(params) - len(spam['levels'])
+        missing = len(self.parameters()) - len(spam['levels'])
         spam['levels'] = F.pad(spam['levels'], (0, 0, 0, missing))
         for key in ('counts', 'norms', 'levels'):  # new and loaded ones may lie on the CPU
             spam[key] = spam[key].to(params[0].device)
         spam['updates'] += 1
-        usual = [dict(group) for group in self.param_groups]
-        cut, fired = SPAM_MODES[spam['mode']](self, [p for p in params if p.grad is not None])
-        super().step()
-        for group, before in zip(self.param_groups, usual):
-            group.update(lr=before['lr'], eps=before['eps'], weight_decay=before['weight_decay'])
+        with groups_kept(self):
+            for group in self.param_groups:
+                group['lr'] = float(group['lr'])  # a tensor would be changed in place
+            cut, fired = SPAM_MODES[spam['mode']](self, params)
+            inspect.unwrap(AdamW.step)(self)  # without hooks, which are around this step()
         spam['counts'][0].add_((cut > 0) | fired)
         spam['counts'][1].add_(cut)
         spam['counts'][2].add_(self.since_reset() == 0)
@@ -361,10 +375,9 @@ class AdamWSPAM(AdamW):
         """The state of those that have had an update."""
         return [self.state[p] for p in params if self.state[p]]
 
-    def reset_moments(self, params):
+    def reset(self, params, *keys):
         for state in self.states(params):
-            state['exp_avg'].zero_()
-            state['exp_avg_sq'].zero_()
+            torch._foreach_zero_([state[key] for key in keys])
 
     def clip(self, params, theta, least=0.0):
         """clip_spikes of what has a history, at spam_theta or else `theta`."""
@@ -375,7 +388,7 @@ class AdamWSPAM(AdamW):
             if not self.state[p]:
                 continue
             exp_avg_sq = self.state[p]['exp_avg_sq']
-            if self.spam['compiled']:  # of one shape but for the length, for one graph
+            if self.defaults['compiled']:  # of one shape but for the length, for one graph
                 one_kernel = compiled(clip_spikes, dynamic=True)
                 cut += one_kernel(p.grad.view(-1), exp_avg_sq.view(-1), theta, least)
             else:
@@ -384,10 +397,10 @@ class AdamWSPAM(AdamW):
 
     def load_state_dict(self, state_dict):
         """As in torch. ValueError: the state of another optimizer."""
-        missing = self.defaults.keys() - state_dict['param_groups'][0].keys()
-        if missing:
+        own = {'spam', 'pruner'} & self.defaults.keys()
+        if missing := sorted(own - state_dict['param_groups'][0].keys()):
             raise ValueError(f'{type(self).__name__}: this state is of another optimizer, because '
-                             f"it has no {', '.join(sorted(missing))}")
+                             f"it has no {', '.join(missing)}")
         super().load_state_dict(state_dict)
 
     def since_reset(self):
@@ -437,12 +450,10 @@ class AdamWPrune(AdamWSPAM):
         """One update, then the pruner's part; returns what the closure returns."""
         loss = torch.enable_grad()(closure)() if closure else None
         self.pruner.put_back()
-        rates = [group['lr'] for group in self.param_groups]
-        for group in self.param_groups:
-            group['lr'] *= self.pruner.rate_factor(group)
-        self.BASES[self.base].step(self)
-        for group, rate in zip(self.param_groups, rates):
-            group['lr'] = rate
+        with groups_kept(self):
+            for group in self.param_groups:
+                group['lr'] = group['lr'] * self.pruner.rate_factor(group)
+            inspect.unwrap(self.BASES[self.base].step)(self)  # without hooks, as in AdamWSPAM
         self.pruner.step()
         self.show_masks()
         return loss

@@ -268,6 +268,8 @@ class Pruner:
         self.named = named_matrices(self.optimizer)  # {name: parameter}, see fix_scope
         self.floor = 0.05 if self.score == 'bitter4' else FLOOR
         self.check()
+        if self.optimizer.defaults.get('maximize'):  # gradients are climbed, and SR-STE goes down
+            self.srste = -self.srste
         self.updates = 0
         self.masked_at = -1  # updates done when masks were last chosen
         self.pruned = 0  # weights, known without asking the device

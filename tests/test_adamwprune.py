@@ -157,13 +157,10 @@ class Settings:
     learning_rate = 1e-2
     beta1 = 0.9
     beta2 = 0.95
-    eps = 1e-8
     weight_decay = 0.1
     spam_mode = 'paper'
     spam_interval = 9
     spam_warmup = 4
-    spam_theta = 50.0
-    spam_grace = 2
     compile = False
 
 

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -28,16 +29,18 @@ from optim import AdamW, AdamWPrune, AdamWSPAM
 from prune import Pruner
 
 SPAM = {key: value for key, value in MODES['paper'].items() if key != 'base'}
-KINDS = {
-    'adamw': lambda params: AdamW(params, 5e-2),
-    'adamwspam': lambda params: AdamWSPAM(params, 5e-2, **SPAM),
-    'reference': lambda params: AdamWSPAM(params, 5e-2, **{**SPAM, 'spam_mode': 'reference'}),
-    'stable': lambda params: AdamWSPAM(params, 5e-2, **{**SPAM, 'spam_mode': 'stable'}),
-    'adamwprune': lambda params: AdamWPrune(params, 5e-2, **ramp('bitter7')),
-    'movement': lambda params: AdamWPrune(params, 5e-2, **ramp('movement', **MODES['paper'])),
-    'bitter10': lambda params: AdamWPrune(params, 5e-2, **ramp('bitter10')),
-    'regrow': lambda params: AdamWPrune(params, 5e-2, **ramp('magnitude', regrow=True, srste=0.1)),
+KINDS = {  # name -> function (parameters, more arguments)
+    'adamw': AdamW,
+    'adamwspam': partial(AdamWSPAM, **SPAM),
+    'reference': partial(AdamWSPAM, **{**SPAM, 'spam_mode': 'reference'}),
+    'stable': partial(AdamWSPAM, **{**SPAM, 'spam_mode': 'stable'}),
+    'adamwprune': partial(AdamWPrune, **ramp('bitter7')),
+    'movement': partial(AdamWPrune, **ramp('movement', **MODES['paper'])),
+    'bitter10': partial(AdamWPrune, **ramp('bitter10')),
+    'regrow': partial(AdamWPrune, **ramp('magnitude', regrow=True, srste=0.1)),
 }
+KINDS = {name: partial(kind, lr=5e-2) for name, kind in KINDS.items()}
+SPAM_KINDS = ['adamwspam', 'reference', 'stable']
 COPIES = [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))]
 
 
@@ -176,7 +179,7 @@ def test_distributed_checkpoint_on_the_disk(kind, split, tmp_path):
 FOREIGN = {  # kind, the other optimizer, what is missing
     'adamwspam': ('adamwspam', torch.optim.AdamW, 'AdamWSPAM: .* it has no spam'),
     'adamwprune': ('adamwprune', torch.optim.AdamW, 'AdamWPrune: .* it has no pruner, spam'),
-    'of sgd': ('stable', torch.optim.SGD, 'AdamWSPAM: .* it has no amsgrad, betas, .*, spam'),
+    'of sgd': ('stable', torch.optim.SGD, 'AdamWSPAM: .* it has no spam'),
 }
 
 
@@ -194,6 +197,14 @@ def test_state_of_another_optimizer_is_refused_at_load(kind, theirs, told):
     assert_same(before['state'], ours.state_dict()['state'])
 
 
+def test_how_spikes_are_cut_does_not_come_from_a_state():
+    """A run saved where there is a compiler may go on where there is none."""
+    theirs = AdamWSPAM(parameters(), compiled=True)
+    ours = AdamWSPAM(parameters(), compiled=False)
+    ours.load_state_dict(theirs.state_dict())
+    assert 'compiled' not in ours.spam and not ours.defaults['compiled']
+
+
 @pytest.mark.parametrize('kind', KINDS)
 def test_the_first_group_may_be_empty(kind):
     """Its entries for all parameters are not on the device of any of its own."""
@@ -206,6 +217,97 @@ def test_the_first_group_may_be_empty(kind):
     run(optimizer, params, 25, 8)
     run(fresh, twins, 25, 8)
     assert all(torch.equal(p, q) for p, q in zip(params, twins))
+
+
+# --- what surrounds a step ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_hooks_run_once_a_step(kind):
+    """PyTorch puts them into step() of each class that has had an instance, AdamW's too."""
+    AdamW(parameters())
+    params = parameters()
+    optimizer = KINDS[kind](params)
+    told = []
+    optimizer.register_step_pre_hook(lambda *a: told.append(params[0].detach().clone()))
+    optimizer.register_step_post_hook(lambda *a: told.append(params[0].detach().clone()))
+    before = params[0].detach().clone()
+    run(optimizer, params, 1)
+    assert len(told) == 2
+    assert torch.equal(told[0], before) and torch.equal(told[1], params[0])
+
+
+@pytest.mark.parametrize('more', [{}, dict(fused=True)])
+@pytest.mark.parametrize('kind', [*SPAM_KINDS, 'movement'])
+def test_a_learning_rate_may_be_a_tensor(kind, more):
+    results = []
+    for rate in (torch.tensor(5e-2), 5e-2):
+        params = parameters()
+        optimizer = KINDS[kind](params, lr=rate, **more)
+        run(optimizer, params, 25)
+        assert optimizer.param_groups[0]['lr'] is rate and float(rate) == pytest.approx(5e-2)
+        results.append(params)
+    for p, q in zip(*results):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('kind', [*SPAM_KINDS, 'movement'])
+def test_a_step_that_fails_leaves_the_groups_as_they_were(kind):
+    params = parameters()
+    optimizer = KINDS[kind](params)
+    for step in range(13):  # some lie in a warm-up
+        give_gradients(params, step)
+        before = dict(optimizer.param_groups[0])
+        params[-1].grad = params[-1].grad.to_sparse()
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            optimizer.step()
+        assert optimizer.param_groups[0] == before
+        run(optimizer, params, step + 1, step)
+
+
+@pytest.mark.parametrize('kind', SPAM_KINDS)
+def test_a_step_without_gradients_changes_nothing(kind):
+    params = parameters()
+    optimizer = KINDS[kind](params)
+    for step in range(9):
+        optimizer.zero_grad()
+        before = copy.deepcopy((params, optimizer.state_dict()))
+        optimizer.step()
+        assert all(torch.equal(p, q) for p, q in zip(params, before[0]))
+        assert_same(optimizer.state_dict()['state'], before[1]['state'])
+        run(optimizer, params, step + 1, step)
+
+
+@pytest.mark.parametrize('mode', ['paper', 'stable'])
+@pytest.mark.parametrize('late', ['gradients', 'group'])
+def test_parameters_that_come_late_train_like_new_ones(mode, late):
+    """eps is 0 because 'paper' scales it by the updates of all."""
+    told = dict(spam_mode=mode, spam_interval=0, spam_grace=0, eps=0.0, lr=5e-2)
+    old, new = parameters()[:1], parameters()[1:]
+    alone = copy.deepcopy(new)
+    optimizer = AdamWSPAM(old + new if late == 'gradients' else old, **told)
+    run(optimizer, old, 40)
+    if late == 'group':
+        optimizer.add_param_group(dict(params=new))
+    reference = AdamWSPAM(alone, **told)
+    for step in range(10):
+        give_gradients(old, step)
+        for params in (new, alone):
+            give_gradients(params, step)
+        optimizer.step()
+        reference.step()
+    for p, q in zip(new, alone):
+        torch.testing.assert_close(p, q)
+
+
+@pytest.mark.parametrize('mode', optim.SPAM_MODES)
+def test_decay_by_all_of_a_weight_leaves_the_step(mode):
+    p = nn.Parameter(torch.full((4, 4), 3.0))
+    optimizer = AdamWSPAM([p], lr=10.0, weight_decay=0.1, spam_mode=mode)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    expected = 0.0 if mode == 'paper' else -10.0  # 'paper' decays what its step has made
+    torch.testing.assert_close(p, torch.full_like(p, expected), atol=1e-6, rtol=1e-5)
 
 
 # --- arguments ------------------------------------------------------------------------------------
@@ -253,7 +355,8 @@ def test_spikes_are_cut_of_what_a_gradscaler_has_scaled_back(fused):
         torch.testing.assert_close(p, q)
 
 
-@pytest.mark.parametrize('option', ['amsgrad', 'spam_tetha', 'fuse'])
+@pytest.mark.parametrize('option', ['amsgrad', 'spam_tetha', 'fuse', 'capturable',
+                                    'differentiable'])
 @pytest.mark.parametrize('name', MADE)
 def test_options_that_there_are_not_are_answered_by_name(name, option):
     with pytest.raises((TypeError, ValueError), match=option):

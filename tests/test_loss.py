@@ -30,11 +30,11 @@ def a_batch(tokens=50, width=12, vocab_size=VOCAB):
     return drawn(tokens, width), drawn(rows, width, seed=1), targets
 
 
-def of_torch(x, weight, targets, vocab_size=VOCAB):
+def of_torch(x, weight, targets):
     """(loss, gradient of x, gradient of weight) of torch's cross-entropy over all logits."""
     x = x.detach().requires_grad_()
     weight = weight.detach().requires_grad_()
-    expected = F.cross_entropy((x @ weight.t())[:, :vocab_size], targets, ignore_index=-1)
+    expected = F.cross_entropy((x @ weight.t())[:, :VOCAB], targets, ignore_index=-1)
     return expected.detach(), *torch.autograd.grad(expected, (x, weight))
 
 

@@ -263,10 +263,25 @@ def test_masks_hold_and_follow_the_schedule_at_every_step(dtype, regrow, srste, 
         before = now
         for p in params:
             assert ('mask' in optimizer.state[p]) == (p.dim() >= 2)
-            master = optimizer.state[p].get('master', p)
-            assert torch.equal(master.to(dtype), p)
     assert pruner.frozen and came_back[1] == 0 and (came_back[0] > 0) == regrow
     assert not pruner.dense
+
+
+def test_climbing_is_descending_of_the_negative():
+    results = []
+    for sign in (1, -1):
+        params = parameters()
+        optimizer = torch.optim.SGD(params, 1e-2, maximize=sign < 0)
+        pruner = Pruner(optimizer, **ramp('magnitude', regrow=True, srste=0.1))
+        for step in range(25):
+            give_gradients(params, step)
+            for p in params:
+                p.grad *= sign
+            optimizer.step()
+            pruner.step()
+        results.append(params)
+    for p, q in zip(*results):
+        assert torch.equal(p, q)
 
 
 @pytest.mark.parametrize('score', PRUNING)

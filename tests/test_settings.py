@@ -314,17 +314,6 @@ def test_what_the_world_does_is_one_line(monkeypatch, capsys, error, code, line)
     assert capsys.readouterr().err.startswith('Traceback (most recent call last)')
 
 
-def test_first_of_two_failures_of_a_disk_is_told(monkeypatch, capsys):
-    def main(argv):
-        try:
-            raise Refused('last.pt could not be written')
-        finally:
-            open('/nowhere/summary.json')
-
-    assert command(main, monkeypatch) == 2
-    assert capsys.readouterr().err == 'refused:\n  - last.pt could not be written\n'
-
-
 @pytest.mark.parametrize('error', [ZeroDivisionError(), KeyError('a'), RuntimeError('a shape')])
 def test_mistakes_in_the_code_keep_their_traceback(monkeypatch, error):
     def main(argv):

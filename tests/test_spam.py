@@ -15,15 +15,15 @@ B1, B2, EPS, LR, DECAY = 0.9, 0.999, 1e-8, 3e-3, 0.1
 SHAPES = [(6, 5), (7,)]
 
 
-def spiky_gradients(step, shapes=SHAPES, rate=40):
-    """Gradients of all sizes, one element zero at first, and every `rate` steps a spike of 1000x in
-    a few elements."""
+def spiky_gradients(step):
+    """Gradients of all sizes, one element zero at first, and every 40 steps a spike of 1000x in a
+    few elements."""
     draw = np.random.default_rng(step)
-    out = [draw.normal(size=shape) * 10.0 ** (i - 2) for i, shape in enumerate(shapes)]
+    out = [draw.normal(size=shape) * 10.0 ** (i - 2) for i, shape in enumerate(SHAPES)]
     if step < 60:
         out[0][0, 0] = 0.0
-    if step % rate == rate - 1:
-        out[step // rate % len(out)].flat[::3] *= 1000
+    if step % 40 == 39:
+        out[step // 40 % len(out)].flat[::3] *= 1000
     return out
 
 
