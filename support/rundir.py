@@ -86,7 +86,7 @@ def outline(content):
     return zlib.crc32(repr(lines(content)).encode())
 
 
-FORMAT = 'nanoprune 2'  # checkpoints of format 1 do not load: they had no model configuration
+FORMAT = 'nanoprune 3'  # older ones do not load: no model configuration, another AdamWSPAM
 
 
 # --- pruned weights, stored sparse ----------------------------------------------------------------

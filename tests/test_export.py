@@ -27,7 +27,7 @@ def write_run(folder, model, masks=None, tokenizer='bytes'):
     weights = pack_weights(model.state_dict(), masks or {}, torch.float32)
     for name in ('best', 'last'):
         save_checkpoint(os.path.join(folder, f'{name}.pt'), dict(
-            format='nanoprune 2', model=asdict(model.config), settings={}, fingerprint='',
+            format='nanoprune 3', model=asdict(model.config), settings={}, fingerprint='',
             data={**DATA, 'tokenizer': tokenizer}, weights=weights, step=8, val_loss=1.0))
 
 

@@ -180,7 +180,7 @@ def test_missing_checkpoint_and_one_of_another_format(tmp_path):
     path = str(tmp_path / 'last.pt')
     assert refusal(load_checkpoint, path) == [
         f'no checkpoint {path}; check the folder, or start with --init_from=scratch']
-    for other in ('nanoprune 1', None):
+    for other in ('nanoprune 2', None):
         save_checkpoint(path, content(format=other))
         [problem] = refusal(load_checkpoint, path)
         assert repr(other) in problem and repr(FORMAT) in problem and path in problem

@@ -104,7 +104,7 @@ def test_run_learns_and_its_summary_says_how_well(finished):
 @pytest.mark.parametrize('name', ['last.pt', 'best.pt'])
 def test_checkpoints_say_where_they_are_from(finished, name):
     saved = torch.load(finished / name, weights_only=True)
-    assert saved['format'] == 'nanoprune 2'
+    assert saved['format'] == 'nanoprune 3'
     assert saved['settings']['max_iters'] == STEPS
     assert saved['model']['n_embd'] == 32 and saved['model']['vocab_size'] == 257
     assert saved['data'] == dict(name='tiny', tokenizer='bytes', vocab_size=257,
