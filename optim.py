@@ -133,12 +133,6 @@ def accumulate(flats, fused=False):
         p.grad = None
 
 
-def gradient_norm(flats):
-    """Global 2-norm of the accumulated gradients, 0-dim on their device."""
-    norms = [torch.linalg.vector_norm(flat.grads) for flat in flats]
-    return torch.linalg.vector_norm(torch.stack(norms))
-
-
 def scale_each(grads, clip, finite):
     """Multiply each tensor by clip (0-dim), or make it 0 if finite (0-dim bool) is False."""
     for grad in grads:

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import torch
+from torch.nn.utils import get_total_norm
 
 import optim
 import prune
@@ -174,7 +175,7 @@ def one_step(run):
     """One update: (loss, gradient norm) as tensors on the device, nothing waited for."""
     loss = within_memory(run, local_gradients)
     ranks.combine(run, [*(flat.grads for flat in run.flats), loss])  # sums, of each rank's shares
-    norm = optim.gradient_norm(run.flats)
+    norm = get_total_norm([flat.grads for flat in run.flats])
     is_first_bad = (run.bad_step < 0) & ~(norm.isfinite() & loss.isfinite())
     run.bad_step = torch.where(is_first_bad, run.progress.step, run.bad_step)  # for stop_if_bad
     limit = run.settings.grad_clip or math.inf

@@ -70,10 +70,10 @@ def test_each_diff_of_the_readme_applies_and_trains(word, tiny_data, tmp_path):
 COPIED = (  # what a user changes in a copied train.py: a new setting and the loop
     ("    seed: int = 1337", "    noise: float = 0.0  # standard deviation added to gradients\n"
                              "    seed: int = 1337"),
-    ("    norm = optim.gradient_norm(run.flats)\n",
+    ("    norm = get_total_norm([flat.grads for flat in run.flats])\n",
      "    for flat in run.flats:\n"
      "        flat.grads.add_(run.settings.noise * torch.randn_like(flat.grads))\n"
-     "    norm = optim.gradient_norm(run.flats)\n"),
+     "    norm = get_total_norm([flat.grads for flat in run.flats])\n"),
 )
 
 
