@@ -40,7 +40,7 @@ class PrepareSettings:
     max_tokens: int = 0  # stop after the document that reaches it, both splits together; 0: all
     tokenizer: Literal[*shards.VOCABULARY] = 'gpt2'  # GPT-2's 50257 or 257 for bytes of UTF-8
     val_fraction: float = 0.005  # of the documents, chosen by hash of the text, for validation;
-    # of fewer documents than 2 / val_fraction in input, the end of each
+    # of fewer documents than 2 / val_fraction in input, the end of them all
     # --- where and how ----------------------------------------------------------------------------
     data_dir: Path = ''  # folder of the shards; empty: data/<name>
     shard_tokens: int = 100_000_000  # tokens a shard, 2 bytes each (llm.c's size)
@@ -59,6 +59,7 @@ def check(source, settings, typed):
         ('val_fraction', not two_ways, 'all of val_input is validation; leave out one of the two'),
         ('name', re.fullmatch(r'(\w[\w.-]*)?', settings.name),
          'use letters, digits, _ . - only, because it names a folder'),
+        ('source', settings.source, 'must not be empty'),
         ('source', named or os.path.isdir(settings.source), 'give this set a --name of its own'),
         *((key, key not in typed or source == user, f'{source} does not use it; leave it out')
           for key, user in users.items()),

@@ -161,6 +161,14 @@ def hub_set(folder, *paths, card=''):
 SAMPLE = ('sample/10BT/000_00000.parquet', 'sample/10BT/001_00000.parquet')
 STORIES = ('data/train-00000-of-00001.parquet', 'data/validation-00000-of-00001.parquet')
 
+LANGUAGES = ('de/train.parquet', 'en/train.parquet')
+TWO = """---
+configs:
+- {{config_name: german, data_dir: de}}
+- {{config_name: english, data_dir: en, {more}}}
+---
+"""
+
 
 @pytest.mark.parametrize('paths, card, subset, seeds', [
     (SAMPLE, CARD, '', [0, 1]),  # where the card's first subset is not there
@@ -170,6 +178,9 @@ STORIES = ('data/train-00000-of-00001.parquet', 'data/validation-00000-of-00001.
     (STORIES, '', '', [0]),
     (STORIES, '---\nlicense: mit\n---\n', '', [0]),
     (('b.parquet', 'a.parquet'), '', '', [1, 0]),
+    (LANGUAGES, TWO.format(more='default: true'), '', [1]),
+    (LANGUAGES, TWO.format(more='x: 1'), 'german', [0]),
+    (LANGUAGES, '---\nconfigs: [{config_name: only, data_dir: en}]\n---\n', '', [1]),
 ])
 def test_local_copies_of_sets(tmp_path, paths, card, subset, seeds):
     folder = hub_set(tmp_path / 'set', *paths, card=card)
@@ -182,9 +193,14 @@ def test_subset_that_is_not_there(tmp_path):
     folder = hub_set(tmp_path / 'set', *SAMPLE, card=CARD)
     told = ('fineweb_edu', f'--source={folder}', f'--data_dir={tmp_path}/out')
     assert "subset='sample' is not one of default, sample-10BT" in refused(*told, '--subset=sample')
-    assert "of subset 'default'" in refused(*told, '--subset=default')
+    assert "for training in its subset 'default'" in refused(*told, '--subset=default')
     bare = hub_set(tmp_path / 'bare', *STORIES)
     assert "subset='x' is not one of default" in refused(*told, f'--source={bare}', '--subset=x')
+    two = hub_set(tmp_path / 'two', *LANGUAGES, card=TWO.format(more='x: 1'))
+    assert refused(*told, f'--source={two}') == (
+        f"subset='' is not one of german, english, which {two} has; name one of these")
+    test = hub_set(tmp_path / 'test', 'test.parquet')
+    assert refused(*told, f'--source={test}').startswith(f'{test}: no .txt, .jsonl, .parquet for ')
 
 
 def test_file_added_to_a_source_folder(tmp_path):
