@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from support import shards
 from support.files import locked, write_json
-from support.settings import Path, Refused, arguments, help_text, parse, run_command, unmet
+from support.settings import Path, Refused, help_text, parse, run_command, unmet, words_and_options
 from support.sources import SOURCES
 from support.tokenizer import get_tokenizer
 
@@ -243,14 +243,14 @@ def usage():
 
 def main(argv):
     """Prepare the data set that the arguments describe; returns the exit code."""
-    argv = arguments(PrepareSettings, argv)
-    source = argv[0] if argv else ''
-    if '--help' in argv:
+    words, options = words_and_options(PrepareSettings, argv)
+    source = words[0] if words else ''
+    if '--help' in options:
         print(help_text(PrepareSettings, usage()))
         return 0
     if source not in SOURCES:
         raise Refused(f"unknown source '{source}'; say one of {', '.join(SOURCES)}")
-    told = [*SOURCES[source].defaults, *argv[1:]]
+    told = [*SOURCES[source].defaults, *words[1:], *options]
     settings, problems, typed = parse(PrepareSettings, told, config_files=False)
     if problems := problems + check(source, settings, typed):
         raise Refused(problems)

@@ -48,7 +48,7 @@ class Run:
 def load_run(folder, name):
     """The Run in a directory; Refused if there is none."""
     config = read_json(os.path.join(folder, 'config.json'))
-    if not isinstance(config, dict) or 'settings' not in config:
+    if not isinstance(config, dict) or not isinstance(config.get('settings'), dict):
         raise Refused(f"'{folder}' has no config.json of a run: no run directory; check the path")
     summary = read_json(os.path.join(folder, 'summary.json'), ['steps', 'tokens', 'exit_reason'])
     metrics = read_metrics(os.path.join(folder, 'metrics.jsonl'))

@@ -10,6 +10,7 @@ config, summary and thinned metrics to results/NAME/RUN/.
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -18,7 +19,16 @@ from dataclasses import dataclass
 import report
 from support.files import read_json, write_atomically, write_json
 from support.rundir import exit_reason, read_metrics
-from support.settings import Path, Refused, arguments, help_text, parse, read_config, run_command
+from support.settings import (
+    Path,
+    Refused,
+    help_text,
+    parse,
+    read_config,
+    run_command,
+    unmet,
+    words_and_options,
+)
 
 HOME = os.path.dirname(os.path.abspath(__file__))
 METRICS_KEPT = 200  # lines of a run's metrics in results/
@@ -36,11 +46,14 @@ class SweepSettings:
 def read_experiment(path):
     """(name, base preset, {run: {setting: value}}) of an experiment file."""
     told = read_config(path)
-    if 'base' not in told or not isinstance(told.get('runs'), dict):
-        raise Refused(f'{path} must assign base, a preset, and runs = {{name: {{setting: value}}}}')
-    common = told.get('common', {})
-    runs = {name: {**common, **changes} for name, changes in told['runs'].items()}
-    return os.path.basename(path).removesuffix('.py'), told['base'], runs
+    base, runs, common = (told.get(key, {}) for key in ('base', 'runs', 'common'))
+    whole = isinstance(base, str) and isinstance(common, dict) and isinstance(runs, dict) and runs
+    if not whole or not all(re.fullmatch(r'\w[\w.-]*', str(name)) and isinstance(changes, dict)
+                            for name, changes in runs.items()):
+        raise Refused(f'{path} must assign base, a preset, and runs = {{name: {{setting: value}}}}'
+                      '; names are of letters, digits, _ . - alone, common is as one of the runs')
+    runs = {str(name): {**common, **changes} for name, changes in runs.items()}
+    return os.path.basename(path).removesuffix('.py'), base, runs
 
 
 def is_finished(folder, settings):
@@ -119,16 +132,18 @@ def keep_results(folder, place):
 
 def main(argv):
     """Run an experiment; exit code 0 once all its runs are finished, 1 while some are not."""
-    argv = arguments(SweepSettings, argv)
-    if '--help' in argv or not argv:
+    words, options = words_and_options(SweepSettings, argv)
+    if '--help' in options or not words:
         print(help_text(SweepSettings, __doc__))
-        return 0 if argv else 2
-    s, problems, _ = parse(SweepSettings, argv[1:], config_files=False)
+        return 0 if '--help' in options else 2
+    s, problems, _ = parse(SweepSettings, [*words[1:], *options], config_files=False)
+    problems += unmet(s, [(key, getattr(s, key) >= 0, 'must not be negative')
+                          for key in ('gpus', 'time_limit')])
     if not 1 <= s.gpus_a_run <= max(1, s.gpus):
         problems.append(f'gpus_a_run={s.gpus_a_run} gpus={s.gpus}: must be from 1 to gpus')
     if problems:
         raise Refused(problems)
-    experiment, base, runs = read_experiment(argv[0])
+    experiment, base, runs = read_experiment(words[0])
     parent = os.path.join(os.path.abspath(s.out_dir), experiment)
     os.makedirs(parent, exist_ok=True)
     folders = {name: os.path.join(parent, name) for name in runs}

@@ -176,7 +176,11 @@ def read_start(source):
     if kind == 'hf':
         return read_gpt2(path)
     if kind == 'run':
-        model, _ = load_model(path, 'best' if os.path.exists(f'{path}/best.pt') else 'last')
+        there = [name for name in ('best', 'last') if os.path.exists(f'{path}/{name}.pt')]
+        if not there:
+            raise Refused(f'init_from={source!r}: no best.pt or last.pt in that folder; name the '
+                          'out_dir of a run that has saved')
+        model, _ = load_model(path, there[0])
         return model.state_dict(), model.config
     return None
 

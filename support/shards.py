@@ -222,8 +222,8 @@ def open_data(data_dir, dataset):
                       f'text itself: python prepare.py text --input={folder}/input.txt '
                       '--tokenizer=bytes --name=NAME')
     if told and 'fingerprint' not in told:
-        raise Refused(f'{folder}: preparation has not finished; run the same command again, which '
-                      'continues')
+        raise Refused(f'{folder}: preparation has not finished; give its prepare.py command again, '
+                      'which continues')
     name = told['name'] if told else 'unlabelled'
     tokenizer = told['tokenizer'] if told else 'gpt2'
     train, val = open_splits(folder, tokenizer)
@@ -233,8 +233,8 @@ def open_data(data_dir, dataset):
                           f'.bin at the end); {fix}')
     if name != dataset:
         raise Refused(f"dataset='{dataset}' but {folder} holds '{name}' (by its meta.json, or for "
-                      f'lack of one); write --dataset={name} to train on it, or give the '
-                      f'--data_dir of {dataset}')
+                      f'lack of one); write --dataset={name} --data_dir={folder} to train on it, '
+                      f'or give the --data_dir of {dataset}')
     fingerprint = fingerprint_of(train, val)
     if told and fingerprint != told['fingerprint']:
         raise Refused(f'{folder}: the shards have changed since they were prepared: fingerprint '

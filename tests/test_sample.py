@@ -293,6 +293,8 @@ def test_files_that_are_no_text_are_refused(plain_run, tmp_path):
     (tmp_path / 'binary').write_bytes(b'\xff\xfe\xfa')
     problem, = refusal(plain_run, f'--score={tmp_path}/binary')
     assert "binary' cannot be read: 'utf-8' codec" in problem
+    assert refusal(plain_run, '--score=x', '--prompt=a') == [
+        "score='x': leave it out, or the prompt"]
     problem, = refusal(plain_run, f'--score={tmp_path}')
     assert 'Is a directory' in problem
 
@@ -300,10 +302,10 @@ def test_files_that_are_no_text_are_refused(plain_run, tmp_path):
 def test_mistakes_on_the_command_line_are_listed_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     with pytest.raises(Refused) as caught:
-        sample.main([f'{tmp_path}/none', '--temprature=1', 'config.py', '--device=gpu'])
+        sample.main(['--temprature=1', f'{tmp_path}/none', 'config.py', '--device=gpu'])
     assert caught.value.problems == [
-        "command line: unknown setting 'temprature' (value '1'); did you mean 'temperature'?",
         "command line: 'config.py' is not of the form --key=value",
+        "command line: unknown setting 'temprature' (value '1'); did you mean 'temperature'?",
         "device='gpu': must be auto, cpu, cuda or cuda:N"]
 
 
