@@ -32,8 +32,7 @@ from support.rundir import (
     unpack,
     unpack_weights,
 )
-from support.settings import Refused
-from support.settings import run_command
+from support.settings import Refused, run_command
 
 # --- checkpoints ----------------------------------------------------------------------------------
 
