@@ -22,9 +22,9 @@ from tqdm import tqdm
 
 from support import shards
 from support.files import locked, write_json
-from support.settings import Path, Refused, help_text, parse, run_command, unmet, words_and_options
+from support.settings import Path, Refused, help_text, parse, run_command, separate, unmet
 from support.sources import SOURCES
-from support.tokenizer import get_tokenizer
+from support.tokenizer import Tokenizer
 
 SAVE_TOKENS = 1 << 24  # at most this much work, 32 MB, is lost to a kill
 
@@ -51,7 +51,7 @@ def check(source, settings, typed):
     users = dict(input='text', val_input='text', source='fineweb_edu', subset='fineweb_edu')
     named = settings.name or settings.source == PrepareSettings.source
     two_ways = settings.val_input and 'val_fraction' in typed
-    rules = [
+    return unmet(settings, [
         ('max_tokens', settings.max_tokens >= 0, 'must be at least 0'),
         ('shard_tokens', 0 < settings.shard_tokens < 2**31,
          'must be at least 1 and below 2^31, because the header counts in int32'),
@@ -63,8 +63,7 @@ def check(source, settings, typed):
         ('source', named or os.path.isdir(settings.source), 'give this set a --name of its own'),
         *((key, key not in typed or source == user, f'{source} does not use it; leave it out')
           for key, user in users.items()),
-    ]
-    return unmet(settings, rules)
+    ])
 
 
 # --- tokenising, in several threads ---------------------------------------------------------------
@@ -138,7 +137,7 @@ def save(settings, meta, pieces):
 
 def write_tokens(documents, settings, meta):
     """Tokenise what is missing by meta, write it, keep meta and meta.json up to date."""
-    tokenizer = get_tokenizer(settings.tokenizer)
+    tokenizer = Tokenizer(settings.tokenizer)
     write_meta(settings.data_dir, meta)
     documents = itertools.islice(documents, meta['documents'], None)
     saved = meta['train_tokens'] + meta['val_tokens']
@@ -243,7 +242,7 @@ def usage():
 
 def main(argv):
     """Prepare the data set that the arguments describe; returns the exit code."""
-    words, options = words_and_options(PrepareSettings, argv)
+    words, options = separate(PrepareSettings, argv)
     source = words[0] if words else ''
     if '--help' in options:
         print(help_text(PrepareSettings, usage()))

@@ -19,16 +19,7 @@ from dataclasses import dataclass
 import report
 from support.files import read_json, write_atomically, write_json
 from support.rundir import exit_reason, read_metrics
-from support.settings import (
-    Path,
-    Refused,
-    help_text,
-    parse,
-    read_config,
-    run_command,
-    unmet,
-    words_and_options,
-)
+from support.settings import Path, Refused, arguments, help_text, parse, read_config, run_command
 
 HOME = os.path.dirname(os.path.abspath(__file__))
 METRICS_KEPT = 200  # lines of a run's metrics in results/
@@ -132,18 +123,17 @@ def keep_results(folder, place):
 
 def main(argv):
     """Run an experiment; exit code 0 once all its runs are finished, 1 while some are not."""
-    words, options = words_and_options(SweepSettings, argv)
-    if '--help' in options or not words:
+    argv = arguments(SweepSettings, argv)
+    if '--help' in argv or not argv:
         print(help_text(SweepSettings, __doc__))
-        return 0 if '--help' in options else 2
-    s, problems, _ = parse(SweepSettings, [*words[1:], *options], config_files=False)
-    problems += unmet(s, [(key, getattr(s, key) >= 0, 'must not be negative')
-                          for key in ('gpus', 'time_limit')])
-    if not 1 <= s.gpus_a_run <= max(1, s.gpus):
-        problems.append(f'gpus_a_run={s.gpus_a_run} gpus={s.gpus}: must be from 1 to gpus')
+        return 0 if argv else 2
+    s, problems, _ = parse(SweepSettings, argv[1:], config_files=False)
+    if min(s.gpus, s.time_limit) < 0 or not 1 <= s.gpus_a_run <= max(1, s.gpus):
+        problems.append(f'gpus_a_run={s.gpus_a_run} gpus={s.gpus} time_limit={s.time_limit}: none '
+                        'is negative, and gpus_a_run is from 1 to gpus')
     if problems:
         raise Refused(problems)
-    experiment, base, runs = read_experiment(words[0])
+    experiment, base, runs = read_experiment(argv[0])
     parent = os.path.join(os.path.abspath(s.out_dir), experiment)
     os.makedirs(parent, exist_ok=True)
     folders = {name: os.path.join(parent, name) for name in runs}

@@ -32,8 +32,7 @@ def check(s, typed=()):
         require(getattr(s, key) <= most, key, f'must be at most {most}')
     for key in ('beta1', 'beta2', 'dropout'):
         require(0 <= getattr(s, key) < 1, key, 'must be at least 0 and below 1')
-    for key in ('out_dir', 'dataset'):
-        require(getattr(s, key), key, 'must not be empty')
+    require(s.out_dir, 'out_dir', 'must not be empty')
     require(s.min_lr <= s.learning_rate, 'min_lr learning_rate', 'must not be above learning_rate')
     require(s.learning_rate * s.weight_decay < 1, 'learning_rate weight_decay',
             'their product must be below 1, or an update would remove all weights')

@@ -12,8 +12,8 @@ from model import attention_backend
 from support.checks import without_effect
 from support.files import locked, remove, write_json
 from support.guards import Stop
-from support.rundir import exit_reason, load_checkpoint, provenance, size
-from support.settings import Refused, changed, parse, words_and_options
+from support.rundir import exit_reason, load_checkpoint, provenance, share_of_zeros, size
+from support.settings import Refused, changed, parse, separate
 from support.shards import open_data
 
 # A resumed run may change these; everything else is what makes it the same run.
@@ -57,9 +57,8 @@ def find_data(s):
         return None, refused.problems
     problems = [f'block_size={s.block_size}: the {stream.split} split of {data.name} has '
                 f'{stream.tokens} tokens, too few for one sequence of {s.block_size} + 1; set a '
-                f'smaller one, or prepare more text{more}'
-                for stream, more in ((data.train, ''), (data.val, ', or a larger --val_fraction'))
-                if stream.tokens <= s.block_size]
+                'smaller one, or prepare more text, with a larger --val_fraction'
+                for stream in (data.train, data.val) if stream.tokens <= s.block_size]
     if s.eval_tokens >= data.val.tokens:
         problems.append(
             f'eval_tokens={s.eval_tokens}: the validation split has {data.val.tokens} tokens, the '
@@ -157,13 +156,6 @@ def fixed_on_resume(settings, fingerprint):
 # --- the table ------------------------------------------------------------------------------------
 
 
-def zeros(run):
-    """Share of the matrices in the blocks that is 0."""
-    weights = [p for name, p in run.model.named_parameters()
-               if name.startswith('blocks.') and p.dim() == 2]
-    return sum((w == 0).sum().item() for w in weights) / sum(w.numel() for w in weights)
-
-
 def announce(run, argv=()):
     """Say the preflight table, with what differs from the presets in `argv`; write config.json."""
     s, m = run.settings, run.machine
@@ -171,11 +163,11 @@ def announce(run, argv=()):
              for key, needs in without_effect(s).items()]
     if s.prune_score == 'bitter10':
         notes.append('bitter10 keeps three more float32 numbers a prunable weight')
-    imported = s.init_from.startswith(('hf:', 'run:')) and s.prune_score != 'zeros'
-    if imported and zeros(run) > 0.01:
-        notes.append(f'{zeros(run):.1%} of the matrices in the blocks is 0 at the start, and is '
+    zeros = share_of_zeros(run.model.state_dict())
+    if zeros > 0.01 and s.init_from not in CONTINUE and s.prune_score != 'zeros':
+        notes.append(f'{zeros:.1%} of the matrices in the blocks is 0 at the start, and is '
                      'trained; --prune_score=zeros keeps it 0')
-    presets, _ = words_and_options(type(s), argv)
+    presets, _ = separate(type(s), argv)
     preset = parse(type(s), presets)[0]
     for key, value in vars(preset).items():
         if presets and value != getattr(s, key) and key != 'dry_run':
@@ -209,7 +201,7 @@ def rows_of(run):
     pruning = 'none'
     if s.prune_score == 'zeros':
         pruning = (f'what is 0 of the {run.pruner.scope_size:,} weights of {s.prune_scope} stays 0:'
-                   f' {zeros(run):.1%} of the matrices in the blocks')
+                   f' {share_of_zeros(run.model.state_dict()):.1%} of the matrices in the blocks')
     elif run.pruner:
         factor = (1 - s.target_sparsity) ** -s.prune_lr_power
         pruning = (f'{s.target_sparsity:.1%} of the {run.pruner.scope_size:,} weights of '

@@ -22,8 +22,8 @@ def load_model(run_dir, checkpoint):
     """
     path = os.path.join(run_dir, f'{checkpoint}.pt')
     if not os.path.exists(path):
-        raise Refused(f'no checkpoint {path}; check the folder, or use --checkpoint=last: best.pt '
-                      'is of the best evaluation, if it beats step 0; pruned: from prune_end on')
+        raise Refused(f'no checkpoint {path}; check the folder, or (sample.py, export.py) use '
+                      '--checkpoint=last; best.pt begins after step 0, pruned: after prune_end')
     saved = load_checkpoint(path)
     known = {f.name for f in fields(GPTConfig)}
     told = saved['model']
@@ -176,11 +176,7 @@ def read_start(source):
     if kind == 'hf':
         return read_gpt2(path)
     if kind == 'run':
-        there = [name for name in ('best', 'last') if os.path.exists(f'{path}/{name}.pt')]
-        if not there:
-            raise Refused(f'init_from={source!r}: no best.pt or last.pt in that folder; name the '
-                          'out_dir of a run that has saved')
-        model, _ = load_model(path, there[0])
+        model, _ = load_model(path, 'best' if os.path.exists(f'{path}/best.pt') else 'last')
         return model.state_dict(), model.config
     return None
 

@@ -37,8 +37,7 @@ WORLD = (  # what the world does, by type and text of the error: the way out
     (Exception, MEMORY, 'free some memory, or ask for less of it'),
     (Exception, r'C(\+\+)? compiler|CppCompile', 'install a compiler, or use --compile=False'),
     (RuntimeError, r'gloo|NCCL|Dist\w*Error', 'the output of the other processes says why'),
-    (RuntimeError, 'Triton.* old|too old', 'use --compile=False'),
-    (RuntimeError, 'no kernel image', 'this PyTorch has no code for the GPU: use another build'),
+    (RuntimeError, 'too old|no kernel image', 'use --compile=False, or a PyTorch for this GPU'),
     (RecursionError, '', 'a file is nested too deeply'),
     (OverflowError, '', 'a setting is too large'),
     (UnicodeError, '', 'that is not UTF-8'),
@@ -188,7 +187,7 @@ def arguments(cls, argv):
     return found
 
 
-def words_and_options(cls, argv):
+def separate(cls, argv):
     """(the words of a tool's command line, such as folders; its options in one form)."""
     argv = arguments(cls, argv)
     words = [argument for argument in argv if not argument.startswith('--')]

@@ -37,8 +37,6 @@ def explained(what, fix):
     """Whatever goes wrong in reading, in one line: the libraries raise many kinds of errors."""
     try:
         yield
-    except Refused:
-        raise
     except Exception as error:
         reason = ' '.join(str(error).split())[:200]
         raise Refused(f'{what}: cannot be read ({type(error).__name__}: {reason}); '
@@ -202,7 +200,7 @@ def subset_files(settings):
     load_dataset wants all subsets that a card names to be there.
     """
     source = settings.source
-    with explained(source, 'correct it, or name the files: python prepare.py text --input=FILES'):
+    with explained(source, 'name another --subset, or files: prepare.py text --input=FILES'):
         from datasets.data_files import DataFilesDict, get_data_patterns, sanitize_patterns
         from huggingface_hub import DatasetCard
         card = pathlib.Path(source, 'README.md')
@@ -213,16 +211,14 @@ def subset_files(settings):
                  if name == USUAL_SUBSET or told.get('default') or len(subsets) == 1]
         subset = settings.subset or (usual or ['default'])[0]
         if subset not in subsets:
-            raise Refused(f"subset='{settings.subset}' is not one of {', '.join(subsets)}, which "
-                          f'{source} has; name one of these')
+            raise ValueError(f"subset='{settings.subset}' is not one of {', '.join(subsets)}")
         told = subsets[subset]
         folder = os.path.join(source, told.get('data_dir', ''))
         patterns = sanitize_patterns(told.get('data_files') or get_data_patterns(folder))
         found = DataFilesDict.from_patterns(patterns, base_path=folder).get('train', [])
         files = [path for path in map(pathlib.Path, found) if reader_of(path)]
         if not files:
-            raise Refused(f"{source}: no {', '.join(READERS)} for training in its subset "
-                          f"'{subset}'; download or convert them, or name another --subset")
+            raise ValueError(f"no {', '.join(READERS)} for training in its subset '{subset}'")
     return files
 
 

@@ -27,11 +27,11 @@ from texts import (
 import prepare
 from support import shards
 from support.shards import open_data
-from support.tokenizer import get_tokenizer
+from support.tokenizer import Tokenizer
 
 
 def text_of(stream):
-    return get_tokenizer('bytes').decode(whole(stream).tolist())
+    return Tokenizer('bytes').decode(whole(stream).tolist())
 
 
 # --- shards ---------------------------------------------------------------------------------------

@@ -251,4 +251,5 @@ def test_zeros_of_a_fresh_start_are_refused(tiny):
     [problem] = refusal(train.main, tiny(prune_score='zeros'))
     assert "prune_score='zeros' init_from='scratch'" in problem
     [problem] = refusal(train.main, tiny(init_from='run:nowhere'))
-    assert problem.startswith("init_from='run:nowhere': no best.pt or last.pt in that folder; ")
+    assert problem.startswith('no checkpoint nowhere/last.pt; check the folder, ')
+    assert '(sample.py, export.py) use --checkpoint=last' in problem

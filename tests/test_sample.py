@@ -17,7 +17,7 @@ from sample import CachedReader, draw, generate
 from support.rundir import FORMAT, save_checkpoint
 from support.settings import Refused
 from support.shards import EOT_TEXT
-from support.tokenizer import get_tokenizer
+from support.tokenizer import Tokenizer
 
 HOME = pathlib.Path(__file__).resolve().parent.parent
 
@@ -112,7 +112,7 @@ def test_a_text_ends_at_the_end_of_text_but_a_prompt_goes_on():
 
 
 def test_a_character_is_printed_once_it_is_whole(capsys):
-    tokenizer = get_tokenizer('bytes')
+    tokenizer = Tokenizer('bytes')
     printed = []
 
     def steps(tokens):

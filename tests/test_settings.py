@@ -274,10 +274,10 @@ WORLD = {  # what ends main: (exit code, what is said)
              'the same command again'),
     'old GPU': (RuntimeError('GPUTooOldForTriton: Found Tesla P100 which is too old'), 1,
                 'failed: RuntimeError: GPUTooOldForTriton: Found Tesla P100 which is too old; use '
-                '--compile=False'),
+                '--compile=False, or a PyTorch for this GPU'),
     'GPU of another build': (RuntimeError('CUDA error: no kernel image is available'), 1,
-                             'failed: RuntimeError: CUDA error: no kernel image is available; this '
-                             'PyTorch has no code for the GPU: use another build'),
+                             'failed: RuntimeError: CUDA error: no kernel image is available; use '
+                             '--compile=False, or a PyTorch for this GPU'),
     'two files': (IsADirectoryError(errno.EISDIR, 'Is a directory', 'a.tmp', None, 'a'), 1,
                   "failed: IsADirectoryError: [Errno 21] Is a directory: 'a.tmp' -> 'a'; correct "
                   'that and give the same command again'),

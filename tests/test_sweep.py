@@ -111,8 +111,8 @@ def test_what_is_not_an_experiment_is_refused(tmp_path):
                  'runs = {"a": {}}; common = 3', 'runs = {"a": {}}; base = 3'):
         path.write_text(preset + runs)
         assert 'must assign base, a preset, and runs' in refusal(sweep.main, [str(path)])[0]
-    assert refusal(sweep.main, [str(path), '--gpus=-1', '--time_limit=-1'])[:2] == [
-        'gpus=-1: must not be negative', 'time_limit=-1: must not be negative']
+    assert refusal(sweep.main, [str(path), '--gpus=-1', '--time_limit=-1']) == [
+        'gpus_a_run=1 gpus=-1 time_limit=-1: none is negative, and gpus_a_run is from 1 to gpus']
     assert 'cannot be read' in refusal(sweep.main, [str(tmp_path / 'none.py')])[0]
     assert 'gpus_a_run=3' in refusal(sweep.main, [str(path), '--gpus=2', '--gpus_a_run=3'])[0]
 
