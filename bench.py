@@ -26,7 +26,7 @@ from support.files import write_json
 from support.machine import peak_memory
 from support.pretrained import starting_weights
 from support.rundir import read_metrics, size
-from support.settings import Path, Refused, arguments, help_text, parse, run_command
+from support.settings import Path, Refused, arguments, help_text, parse, run_command, unmet
 from support.shards import window_order
 
 
@@ -43,7 +43,7 @@ def understood(argv):
     own = [argument for argument in argv if argument[2:].partition('=')[0] in vars(Bench())]
     told = [argument for argument in argv if argument not in own]
     b, problems, _ = parse(Bench, own, config_files=False)
-    if problems:
+    if problems := problems + unmet(b, [('steps', b.steps >= 0, 'must not be negative')]):
         raise Refused(problems)
     s, _, _ = parse(train.Settings, told)  # what is wrong with these, train.py says itself
     if b.steps and s.max_iters > 0:

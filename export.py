@@ -17,9 +17,10 @@ import torch
 
 from support.files import write_folder, write_json
 from support.pretrained import FILE, FIXED, SIZES, check_parameters, layout, load_model, turned
-from support.settings import Refused, help_text, parse, run_command, words_and_options
+from support.rundir import share_of_zeros
+from support.settings import Refused, help_text, parse, run_command, separate
 from support.shards import EOT_TEXT
-from support.tokenizer import get_tokenizer
+from support.tokenizer import Tokenizer
 
 
 @dataclass
@@ -127,7 +128,7 @@ def export(model, tokenizer_name, out_dir, dtype):
     check_parameters(weights, config, 'this model is no GPT-2, use it with sample.py')
 
     try:
-        tokenizer = get_tokenizer(tokenizer_name)
+        tokenizer = Tokenizer(tokenizer_name)
     except Refused as refused:
         tokenizer = None
         print(f'no tokenizer files: {refused}')
@@ -139,14 +140,12 @@ def export(model, tokenizer_name, out_dir, dtype):
             write_tokenizer(folder, tokenizer_name, config.block_size)
 
     write_folder(out_dir, write)
-    linear = [w for name, w in weights.items() if name.startswith('blocks.') and w.dim() == 2]
-    zeros = sum((w == 0).sum().item() for w in linear) / sum(w.numel() for w in linear)
-    print(f"zeros: {zeros:.2%} of the blocks' linear weights")
+    print(f'zeros: {share_of_zeros(weights):.2%} of the matrices in the blocks')
 
 
 def main(argv):
     """Export a run; returns the exit code."""
-    folders, options = words_and_options(ExportSettings, argv)
+    folders, options = separate(ExportSettings, argv)
     if '--help' in options or len(folders) != 2:
         print(help_text(ExportSettings, __doc__))
         return 0 if '--help' in options else 2

@@ -22,9 +22,9 @@ from tqdm import tqdm
 
 from support import shards
 from support.files import locked, write_json
-from support.settings import Path, Refused, arguments, help_text, parse, run_command, unmet
+from support.settings import Path, Refused, help_text, parse, run_command, separate, unmet
 from support.sources import SOURCES
-from support.tokenizer import get_tokenizer
+from support.tokenizer import Tokenizer
 
 SAVE_TOKENS = 1 << 24  # at most this much work, 32 MB, is lost to a kill
 
@@ -40,7 +40,7 @@ class PrepareSettings:
     max_tokens: int = 0  # stop after the document that reaches it, both splits together; 0: all
     tokenizer: Literal[*shards.VOCABULARY] = 'gpt2'  # GPT-2's 50257 or 257 for bytes of UTF-8
     val_fraction: float = 0.005  # of the documents, chosen by hash of the text, for validation;
-    # of fewer documents than 2 / val_fraction in input, the end of each
+    # of fewer documents than 2 / val_fraction in input, the end of them all
     # --- where and how ----------------------------------------------------------------------------
     data_dir: Path = ''  # folder of the shards; empty: data/<name>
     shard_tokens: int = 100_000_000  # tokens a shard, 2 bytes each (llm.c's size)
@@ -51,7 +51,7 @@ def check(source, settings, typed):
     users = dict(input='text', val_input='text', source='fineweb_edu', subset='fineweb_edu')
     named = settings.name or settings.source == PrepareSettings.source
     two_ways = settings.val_input and 'val_fraction' in typed
-    rules = [
+    return unmet(settings, [
         ('max_tokens', settings.max_tokens >= 0, 'must be at least 0'),
         ('shard_tokens', 0 < settings.shard_tokens < 2**31,
          'must be at least 1 and below 2^31, because the header counts in int32'),
@@ -59,11 +59,11 @@ def check(source, settings, typed):
         ('val_fraction', not two_ways, 'all of val_input is validation; leave out one of the two'),
         ('name', re.fullmatch(r'(\w[\w.-]*)?', settings.name),
          'use letters, digits, _ . - only, because it names a folder'),
+        ('source', settings.source, 'must not be empty'),
         ('source', named or os.path.isdir(settings.source), 'give this set a --name of its own'),
         *((key, key not in typed or source == user, f'{source} does not use it; leave it out')
           for key, user in users.items()),
-    ]
-    return unmet(settings, rules)
+    ])
 
 
 # --- tokenising, in several threads ---------------------------------------------------------------
@@ -137,7 +137,7 @@ def save(settings, meta, pieces):
 
 def write_tokens(documents, settings, meta):
     """Tokenise what is missing by meta, write it, keep meta and meta.json up to date."""
-    tokenizer = get_tokenizer(settings.tokenizer)
+    tokenizer = Tokenizer(settings.tokenizer)
     write_meta(settings.data_dir, meta)
     documents = itertools.islice(documents, meta['documents'], None)
     saved = meta['train_tokens'] + meta['val_tokens']
@@ -242,14 +242,14 @@ def usage():
 
 def main(argv):
     """Prepare the data set that the arguments describe; returns the exit code."""
-    argv = arguments(PrepareSettings, argv)
-    source = argv[0] if argv else ''
-    if '--help' in argv:
+    words, options = separate(PrepareSettings, argv)
+    source = words[0] if words else ''
+    if '--help' in options:
         print(help_text(PrepareSettings, usage()))
         return 0
     if source not in SOURCES:
         raise Refused(f"unknown source '{source}'; say one of {', '.join(SOURCES)}")
-    told = [*SOURCES[source].defaults, *argv[1:]]
+    told = [*SOURCES[source].defaults, *words[1:], *options]
     settings, problems, typed = parse(PrepareSettings, told, config_files=False)
     if problems := problems + check(source, settings, typed):
         raise Refused(problems)

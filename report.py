@@ -20,15 +20,7 @@ import numpy as np
 
 from support.files import read_json, write_atomically
 from support.rundir import read_metrics
-from support.settings import (
-    Path,
-    Refused,
-    help_text,
-    parse,
-    read_config,
-    run_command,
-    words_and_options,
-)
+from support.settings import Path, Refused, help_text, parse, read_config, run_command, separate
 
 
 @dataclass
@@ -48,7 +40,7 @@ class Run:
 def load_run(folder, name):
     """The Run in a directory; Refused if there is none."""
     config = read_json(os.path.join(folder, 'config.json'))
-    if not isinstance(config, dict) or 'settings' not in config:
+    if not isinstance(config, dict) or not isinstance(config.get('settings'), dict):
         raise Refused(f"'{folder}' has no config.json of a run: no run directory; check the path")
     summary = read_json(os.path.join(folder, 'summary.json'), ['steps', 'tokens', 'exit_reason'])
     metrics = read_metrics(os.path.join(folder, 'metrics.jsonl'))
@@ -353,7 +345,7 @@ def renew(path, options):
 
 def main(argv):
     """Print the table and write the picture; returns the exit code."""
-    folders, options = words_and_options(ReportSettings, argv)
+    folders, options = separate(ReportSettings, argv)
     if '--help' in options or not folders:
         print(help_text(ReportSettings, __doc__))
         return 0 if '--help' in options else 2

@@ -20,9 +20,9 @@ import torch
 from support.machine import find_machine
 from support.pretrained import load_model
 from support.rundir import size
-from support.settings import Path, Refused, arguments, help_text, parse, run_command, unmet
+from support.settings import Path, Refused, help_text, parse, run_command, separate, unmet
 from support.shards import bits_a_byte
-from support.tokenizer import get_tokenizer
+from support.tokenizer import Tokenizer
 
 
 @dataclass
@@ -45,16 +45,16 @@ class SampleSettings:
 
 def check(s, vocab_size):
     """Problems of SampleSettings."""
-    rules = [
+    return unmet(s, [
         ('prompt', not (s.prompt and s.prompts_file), 'leave it out, or prompts_file'),
+        ('score', not (s.score and (s.prompt or s.prompts_file)), 'leave it out, or the prompt'),
         ('num_samples', s.num_samples >= 1, 'must be at least 1'),
         ('max_new_tokens', s.max_new_tokens >= 1, 'must be at least 1'),
         ('temperature', s.temperature >= 0, 'must not be negative'),
         ('top_k', 0 <= s.top_k <= vocab_size, f'must be 0 to {vocab_size}, the vocabulary'),
         ('top_p', 0 < s.top_p <= 1, 'must be above 0 and at most 1'),
         ('seed', s.seed >= 0, 'must not be negative'),
-    ]
-    return unmet(s, rules)
+    ])
 
 
 def read_text(path, setting):
@@ -264,23 +264,23 @@ def print_continued(model, tokenizer, s):
 
 def main(argv):
     """Print texts or a score; returns the exit code."""
-    argv = arguments(SampleSettings, argv)
-    if '--help' in argv or not argv:
+    words, options = separate(SampleSettings, argv)
+    if '--help' in options or not words:
         print(help_text(SampleSettings, __doc__))
-        return 0 if argv else 2
-    s, problems, _ = parse(SampleSettings, argv[1:], config_files=False)
+        return 0 if '--help' in options else 2
+    s, problems, _ = parse(SampleSettings, [*words[1:], *options], config_files=False)
     machine, of_machine = find_machine(s.device, s.dtype)
     if problems := problems + of_machine:
         raise Refused(problems)
-    model, saved = load_model(argv[0], s.checkpoint)
+    model, saved = load_model(words[0], s.checkpoint)
     if problems := check(s, model.config.vocab_size):
         raise Refused(problems)
     if machine.device.type == 'cuda':
         torch.cuda.set_device(machine.device)  # kernels are launched on the current device
     for p in model.parameters():
         p.data = p.data.to(machine.device, machine.dtype if p.dim() >= 2 else torch.float32)
-    tokenizer = get_tokenizer(saved['data']['tokenizer'])
-    print(f'{argv[0]}: {s.checkpoint}.pt of step {saved["step"]}, validation loss '
+    tokenizer = Tokenizer(saved['data']['tokenizer'])
+    print(f'{words[0]}: {s.checkpoint}.pt of step {saved["step"]}, validation loss '
           f'{saved["val_loss"]:.4f}', file=sys.stderr)
     if s.score:
         print_score(model, tokenizer, s.score)

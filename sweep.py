@@ -10,6 +10,7 @@ config, summary and thinned metrics to results/NAME/RUN/.
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -36,11 +37,14 @@ class SweepSettings:
 def read_experiment(path):
     """(name, base preset, {run: {setting: value}}) of an experiment file."""
     told = read_config(path)
-    if 'base' not in told or not isinstance(told.get('runs'), dict):
-        raise Refused(f'{path} must assign base, a preset, and runs = {{name: {{setting: value}}}}')
-    common = told.get('common', {})
-    runs = {name: {**common, **changes} for name, changes in told['runs'].items()}
-    return os.path.basename(path).removesuffix('.py'), told['base'], runs
+    base, runs, common = (told.get(key, {}) for key in ('base', 'runs', 'common'))
+    whole = isinstance(base, str) and isinstance(common, dict) and isinstance(runs, dict) and runs
+    if not whole or not all(re.fullmatch(r'\w[\w.-]*', str(name)) and isinstance(changes, dict)
+                            for name, changes in runs.items()):
+        raise Refused(f'{path} must assign base, a preset, and runs = {{name: {{setting: value}}}}'
+                      '; names are of letters, digits, _ . - alone, common is as one of the runs')
+    runs = {str(name): {**common, **changes} for name, changes in runs.items()}
+    return os.path.basename(path).removesuffix('.py'), base, runs
 
 
 def is_finished(folder, settings):
@@ -124,8 +128,9 @@ def main(argv):
         print(help_text(SweepSettings, __doc__))
         return 0 if argv else 2
     s, problems, _ = parse(SweepSettings, argv[1:], config_files=False)
-    if not 1 <= s.gpus_a_run <= max(1, s.gpus):
-        problems.append(f'gpus_a_run={s.gpus_a_run} gpus={s.gpus}: must be from 1 to gpus')
+    if min(s.gpus, s.time_limit) < 0 or not 1 <= s.gpus_a_run <= max(1, s.gpus):
+        problems.append(f'gpus_a_run={s.gpus_a_run} gpus={s.gpus} time_limit={s.time_limit}: none '
+                        'is negative, and gpus_a_run is from 1 to gpus')
     if problems:
         raise Refused(problems)
     experiment, base, runs = read_experiment(argv[0])

@@ -12,8 +12,8 @@ from model import attention_backend
 from support.checks import without_effect
 from support.files import locked, remove, write_json
 from support.guards import Stop
-from support.rundir import exit_reason, load_checkpoint, provenance, size
-from support.settings import Refused, changed, parse, words_and_options
+from support.rundir import exit_reason, load_checkpoint, provenance, share_of_zeros, size
+from support.settings import Refused, changed, parse, separate
 from support.shards import open_data
 
 # A resumed run may change these; everything else is what makes it the same run.
@@ -56,7 +56,8 @@ def find_data(s):
     except Refused as refused:
         return None, refused.problems
     problems = [f'block_size={s.block_size}: the {stream.split} split of {data.name} has '
-                f'{stream.tokens} tokens, too few for one sequence of {s.block_size} + 1'
+                f'{stream.tokens} tokens, too few for one sequence of {s.block_size} + 1; set a '
+                'smaller one, or prepare more text, with a larger --val_fraction'
                 for stream in (data.train, data.val) if stream.tokens <= s.block_size]
     if s.eval_tokens >= data.val.tokens:
         problems.append(
@@ -162,10 +163,14 @@ def announce(run, argv=()):
              for key, needs in without_effect(s).items()]
     if s.prune_score == 'bitter10':
         notes.append('bitter10 keeps three more float32 numbers a prunable weight')
-    presets, _ = words_and_options(type(s), argv)
+    zeros = share_of_zeros(run.model.state_dict())
+    if zeros > 0.01 and s.init_from not in CONTINUE and s.prune_score != 'zeros':
+        notes.append(f'{zeros:.1%} of the matrices in the blocks is 0 at the start, and is '
+                     'trained; --prune_score=zeros keeps it 0')
+    presets, _ = separate(type(s), argv)
     preset = parse(type(s), presets)[0]
     for key, value in vars(preset).items():
-        if presets and value != getattr(s, key):
+        if presets and value != getattr(s, key) and key != 'dry_run':
             notes.append(f'{key}={getattr(s, key)!r}, {presets[-1]} has {value!r}')
     lines = [f'  {name:<18s} {text}' for name, text in rows_of(run).items()]
     lines += [f'  note: {note}' for note in notes]
@@ -195,7 +200,8 @@ def rows_of(run):
         kernel = f'math: UNFUSED, slow and O(block_size^2) memory; {hint}'
     pruning = 'none'
     if s.prune_score == 'zeros':
-        pruning = f'what is 0 of the {run.pruner.scope_size:,} weights of {s.prune_scope} stays 0'
+        pruning = (f'what is 0 of the {run.pruner.scope_size:,} weights of {s.prune_scope} stays 0:'
+                   f' {share_of_zeros(run.model.state_dict()):.1%} of the matrices in the blocks')
     elif run.pruner:
         factor = (1 - s.target_sparsity) ** -s.prune_lr_power
         pruning = (f'{s.target_sparsity:.1%} of the {run.pruner.scope_size:,} weights of '

@@ -22,8 +22,8 @@ def load_model(run_dir, checkpoint):
     """
     path = os.path.join(run_dir, f'{checkpoint}.pt')
     if not os.path.exists(path):
-        raise Refused(f'no checkpoint {path}; check the folder, or use --checkpoint=last: best.pt '
-                      'is of the best evaluation, if it beats step 0; pruned: from prune_end on')
+        raise Refused(f'no checkpoint {path}; check the folder, or (sample.py, export.py) use '
+                      '--checkpoint=last; best.pt begins after step 0, pruned: after prune_end')
     saved = load_checkpoint(path)
     known = {f.name for f in fields(GPTConfig)}
     told = saved['model']

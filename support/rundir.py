@@ -123,6 +123,12 @@ def unpack_weights(weights):
     return {name: unpack(w) if isinstance(w, dict) else w for name, w in weights.items()}
 
 
+def share_of_zeros(weights):
+    """Of the matrices in the blocks, by {name: tensor} of a model."""
+    matrices = [w for name, w in weights.items() if name.startswith('blocks.') and w.dim() == 2]
+    return sum((w == 0).sum().item() for w in matrices) / max(1, sum(map(torch.numel, matrices)))
+
+
 # --- log, metrics, tracker ------------------------------------------------------------------------
 
 TRACKERS = ('none', 'wandb', 'trackio', 'tensorboard')

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import difflib
 import errno
+import glob
 import inspect
 import io
 import math
@@ -36,6 +37,7 @@ WORLD = (  # what the world does, by type and text of the error: the way out
     (Exception, MEMORY, 'free some memory, or ask for less of it'),
     (Exception, r'C(\+\+)? compiler|CppCompile', 'install a compiler, or use --compile=False'),
     (RuntimeError, r'gloo|NCCL|Dist\w*Error', 'the output of the other processes says why'),
+    (RuntimeError, 'too old|no kernel image', 'use --compile=False, or a PyTorch for this GPU'),
     (RecursionError, '', 'a file is nested too deeply'),
     (OverflowError, '', 'a setting is too large'),
     (UnicodeError, '', 'that is not UTF-8'),
@@ -133,7 +135,7 @@ def convert(key, value, kind):
         return os.path.expanduser(value)
     if kind is bool and isinstance(value, str):
         found = {'true': True, 'false': False}.get(value.lower())
-    elif kind is int and isinstance(value, str) and re.fullmatch(r'\d+(\.\d+)?e\d{1,2}', value):
+    elif kind is int and isinstance(value, str) and re.fullmatch(r'\d+(\.\d+)?[eE]\d{1,2}', value):
         found = int(float(value)) if float(value).is_integer() else None  # 1e3
     elif isinstance(value, str) or (kind is float and not isinstance(value, bool)):
         with contextlib.suppress(TypeError, ValueError, OverflowError):
@@ -185,7 +187,7 @@ def arguments(cls, argv):
     return found
 
 
-def words_and_options(cls, argv):
+def separate(cls, argv):
     """(the words of a tool's command line, such as folders; its options in one form)."""
     argv = arguments(cls, argv)
     words = [argument for argument in argv if not argument.startswith('--')]
@@ -227,8 +229,9 @@ def parse(cls, argv, config_files=True):
             except Refused as refused:
                 problems += refused.problems
         else:
-            forms = 'config/FILE.py or --key=value' if config_files else '--key=value'
-            problems.append(f"command line: '{argument}' is not of the form {forms}")
+            forms = 'a file config/FILE.py or --key=value' if config_files else '--key=value'
+            hint = did_you_mean(argument, glob.glob('config/*.py')) if config_files else ''
+            problems.append(f"command line: '{argument}' is not of the form {forms}{hint}")
     return settings, problems, typed
 
 

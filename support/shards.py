@@ -216,16 +216,16 @@ def open_data(data_dir, dataset):
            '(python prepare.py --help lists the sources)')
     if not os.path.isdir(folder):
         raise Refused(f"dataset='{dataset}': folder {folder} does not exist; {fix}")
-    told = read_meta(folder)
+    told = read_meta(folder) or {}
     if not told and os.path.exists(os.path.join(folder, 'meta.pkl')):
         raise Refused(f'{folder}/meta.pkl: these tokens are characters, not of GPT-2; prepare the '
                       f'text itself: python prepare.py text --input={folder}/input.txt '
                       '--tokenizer=bytes --name=NAME')
     if told and 'fingerprint' not in told:
-        raise Refused(f'{folder}: preparation has not finished; run the same command again, which '
-                      'continues')
-    name = told['name'] if told else 'unlabelled'
-    tokenizer = told['tokenizer'] if told else 'gpt2'
+        raise Refused(f'{folder}: preparation has not finished; give its prepare.py command again, '
+                      'which continues')
+    name = told.get('name', 'unlabelled')
+    tokenizer = told.get('tokenizer', 'gpt2')
     train, val = open_splits(folder, tokenizer)
     for stream in (train, val):
         if stream.tokens == 0:
@@ -233,15 +233,15 @@ def open_data(data_dir, dataset):
                           f'.bin at the end); {fix}')
     if name != dataset:
         raise Refused(f"dataset='{dataset}' but {folder} holds '{name}' (by its meta.json, or for "
-                      f'lack of one); write --dataset={name} to train on it, or give the '
-                      f'--data_dir of {dataset}')
+                      f'lack of one); write --dataset={name} --data_dir={folder} to train on it, '
+                      f'or give the --data_dir of {dataset}')
     fingerprint = fingerprint_of(train, val)
-    if told and fingerprint != told['fingerprint']:
+    if fingerprint != told.get('fingerprint', fingerprint):
         raise Refused(f'{folder}: the shards have changed since they were prepared: fingerprint '
                       f"{fingerprint}, meta.json says {told['fingerprint']}; copy the folder "
                       'again, or delete it and prepare the data again')
-    val_bytes = told.get('val_bytes', 0) if told else 0
-    return Data(name, tokenizer, VOCABULARY[tokenizer], fingerprint, train, val, val_bytes)
+    return Data(name, tokenizer, VOCABULARY[tokenizer], fingerprint, train, val,
+                told.get('val_bytes', 0))
 
 
 # --- order of the training windows ----------------------------------------------------------------

@@ -132,16 +132,18 @@ def text_documents(files, val_files, val_fraction):
     for text in read_files(val_files):
         yield text, 1.0
     enough = math.ceil(min(2 / val_fraction, 1e9))
-    few = sum(1 for _ in itertools.islice(read_files(files), enough)) < enough
-    for text in read_files(files):
-        if val_files:
-            yield text, 0.0
-        elif few:  # by hash, a split might stay empty
-            cut = int(len(text) * (1 - val_fraction))
-            yield text[cut:], 1.0
-            yield text[:cut], 0.0
-        else:
-            yield text, val_fraction
+    lengths = [len(text) for text in itertools.islice(read_files(files), enough)]
+    if val_files or len(lengths) == enough:
+        yield from ((text, 0.0 if val_files else val_fraction) for text in read_files(files))
+        return
+    # Chosen by hash, a split of few documents might stay empty.
+    for chance in (1.0, 0.0):
+        left = int(sum(lengths) * (1 - val_fraction))  # characters before validation begins
+        for text in read_files(files):
+            cut = min(left, len(text))
+            left -= cut
+            if piece := text[cut:] if chance else text[:cut]:
+                yield piece, chance
 
 
 # --- stdlib: documentation that every CPython carries ---------------------------------------------
@@ -197,21 +199,26 @@ def subset_files(settings):
 
     load_dataset wants all subsets that a card names to be there.
     """
-    with explained(settings.source, 'name the files: python prepare.py text --input=FILES'):
+    source = settings.source
+    with explained(source, 'name another --subset, or files: prepare.py text --input=FILES'):
         from datasets.data_files import DataFilesDict, get_data_patterns, sanitize_patterns
         from huggingface_hub import DatasetCard
-        card = pathlib.Path(settings.source, 'README.md')
+        card = pathlib.Path(source, 'README.md')
         content = DatasetCard.load(card).data.to_dict() if card.is_file() else {}
-        subsets = {each['config_name']: each['data_files'] for each in content.get('configs', [])}
-        subsets = subsets or {'default': get_data_patterns(settings.source)}
-        subset = settings.subset or (USUAL_SUBSET if USUAL_SUBSET in subsets else 'default')
+        subsets = {told['config_name']: told for told in content.get('configs', [])}
+        subsets = subsets or {'default': {}}
+        usual = [name for name, told in subsets.items()
+                 if name == USUAL_SUBSET or told.get('default') or len(subsets) == 1]
+        subset = settings.subset or (usual or ['default'])[0]
         if subset not in subsets:
             raise ValueError(f"subset='{settings.subset}' is not one of {', '.join(subsets)}")
-        patterns = sanitize_patterns(subsets[subset])
-        found = DataFilesDict.from_patterns(patterns, base_path=settings.source)['train']
+        told = subsets[subset]
+        folder = os.path.join(source, told.get('data_dir', ''))
+        patterns = sanitize_patterns(told.get('data_files') or get_data_patterns(folder))
+        found = DataFilesDict.from_patterns(patterns, base_path=folder).get('train', [])
         files = [path for path in map(pathlib.Path, found) if reader_of(path)]
         if not files:
-            raise ValueError(f"it holds no {', '.join(READERS)} of subset '{subset}'")
+            raise ValueError(f"no {', '.join(READERS)} for training in its subset '{subset}'")
     return files
 
 

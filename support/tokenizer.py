@@ -20,9 +20,11 @@ def gpt2_encoding():
 
 
 class Tokenizer:
-    """Text to tokens and back."""
+    """Text to tokens and back, by the one called 'gpt2' or 'bytes'."""
 
     def __init__(self, name):
+        if name not in VOCABULARY:
+            raise Refused(f'tokenizer={name!r} is not one of {", ".join(VOCABULARY)}')
         self.eot = VOCABULARY[name] - 1  # ends each document
         self.encoding = gpt2_encoding() if name == 'gpt2' else None
 
@@ -44,10 +46,3 @@ class Tokenizer:
 
     def decode(self, tokens):
         return self.decode_bytes(tokens).decode(errors='replace')
-
-
-def get_tokenizer(name):
-    """The Tokenizer called 'gpt2' or 'bytes'. Refused if its vocabulary cannot be had."""
-    if name not in VOCABULARY:
-        raise Refused(f'tokenizer={name!r} is not one of {", ".join(VOCABULARY)}')
-    return Tokenizer(name)

@@ -151,7 +151,7 @@ def test_dry_run_compares_nothing(tiny, tmp_path, capfd):
     (dict(profile='perhaps'), "profile='perhaps' is not a bool"),
     (dict(batchsize=2), "did you mean 'batch_size'?"),
     (dict(data_dir='nowhere'), 'folder nowhere does not exist'),
-    (dict(steps=-1), 'max_iters=-1: must be at least 1'),
+    (dict(steps=-1), 'steps=-1: must not be negative'),
     (dict(max_iters=0), 'max_iters=0: must be at least 1'),
     (dict(init_from='resume'), "init_from='resume'"),
 ])

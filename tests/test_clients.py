@@ -18,7 +18,7 @@ from test_export import NASTY
 from torch.nn import functional as F
 
 import export
-from support.tokenizer import get_tokenizer
+from support.tokenizer import Tokenizer
 
 transformers = pytest.importorskip('transformers')
 pytestmark = [pytest.mark.clients, pytest.mark.gpt2]
@@ -36,7 +36,7 @@ def exported(tmp_path_factory):
 def test_auto_tokenizer_gives_bytes(exported):
     _, folder = exported
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
-    tokenizer = get_tokenizer('bytes')
+    tokenizer = Tokenizer('bytes')
     assert len(theirs) == 257 and theirs.model_max_length == 64
     for text in NASTY:
         tokens = tokenizer.encode(text)

@@ -104,7 +104,7 @@ def test_pruned_run_keeps_its_zeros(tmp_path, capsys):
             assert torch.equal(weight.t() != 0, masks[f'blocks.{n}.{ours}.weight'])
     pruned = sum((~mask).sum().item() for mask in masks.values())
     linear = sum(mask.numel() for mask in masks.values())
-    told = f"zeros: {pruned / linear:.2%} of the blocks' linear weights"
+    told = f'zeros: {pruned / linear:.2%} of the matrices in the blocks'
     assert told in capsys.readouterr().out
 
 
@@ -238,8 +238,8 @@ NASTY = [
 def test_run_on_gpt2_tokens_is_exported_with_its_tokenizer(tmp_path, capsys):
     if not os.path.isdir(os.environ.get('TIKTOKEN_CACHE_DIR', '')):
         pytest.skip('TIKTOKEN_CACHE_DIR names no folder with GPT-2\'s vocabulary')
-    from support.tokenizer import get_tokenizer
-    tokenizer = get_tokenizer('gpt2')
+    from support.tokenizer import Tokenizer
+    tokenizer = Tokenizer('gpt2')
     model = shaken(GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=16)))
     export.export(model, 'gpt2', str(tmp_path / 'hf'), 'float32')
     assert 'tokenizer' not in capsys.readouterr().out

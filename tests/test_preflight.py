@@ -48,7 +48,8 @@ def test_block_longer_than_the_data(tiny, tiny_data):
     data = open_data(str(tiny_data), 'tiny')
     assert refusal(train.main, tiny(block_size=100_000, eval_tokens=0)) == [
         f'block_size=100000: the {split} split of tiny has {stream.tokens} tokens, too few for '
-        'one sequence of 100000 + 1'
+        'one sequence of 100000 + 1; set a smaller one, or prepare more text, with a larger '
+        '--val_fraction'
         for split, stream in (('train', data.train), ('val', data.val))]
 
 
@@ -337,6 +338,7 @@ def test_a_dry_run_prints_the_table_and_what_differs_from_the_preset(tiny, tmp_p
     printed = capsys.readouterr().out
     assert 'effective batch' in printed
     assert f'note: max_iters=9, {preset} has 7' in printed and 'seed=3,' not in printed
+    assert 'note: dry_run' not in printed
     assert not (tmp_path / 'run').exists()
 
 

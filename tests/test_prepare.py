@@ -27,11 +27,11 @@ from texts import (
 import prepare
 from support import shards
 from support.shards import open_data
-from support.tokenizer import get_tokenizer
+from support.tokenizer import Tokenizer
 
 
 def text_of(stream):
-    return get_tokenizer('bytes').decode(whole(stream).tolist())
+    return Tokenizer('bytes').decode(whole(stream).tolist())
 
 
 # --- shards ---------------------------------------------------------------------------------------
@@ -125,19 +125,22 @@ def test_half_a_surrogate_pair_is_replaced(tmp_path):
     ([9_999], 0.1),
     ([99_999], 0.005),
     ([599, 0, 599], 0.2),
+    ([9] * 300, 0.005),  # of each one's end, a letter would be left
+    ([600, 100], 0.5),
 ])
 def test_few_documents_are_split_by_position(tmp_path, lengths, fraction):
-    texts = [letter * length for letter, length in zip('abc', lengths)]
-    for i, text in enumerate(texts):
-        (tmp_path / f'{i}.txt').write_text(text)
-    told = ('text', f'--input={tmp_path}', '--name=mine', '--tokenizer=bytes',
+    texts = [chr(97 + i % 26) * length for i, length in enumerate(lengths)]
+    path = write_jsonl(tmp_path / 'x.jsonl', texts)
+    told = ('text', f'--input={path}', '--name=mine', '--tokenizer=bytes',
             f'--val_fraction={fraction}')
     run(*told, '--shard_tokens=500', f'--data_dir={tmp_path}/out')
     data = open_data(f'{tmp_path}/out', 'mine')
-    train = text_of(data.train).split('<|endoftext|>')
-    val = text_of(data.val).split('<|endoftext|>')
-    assert [first + last for first, last in zip(train, val)] == texts + ['']
-    assert [len(text) for text in val] == [math.ceil(fraction * n) for n in lengths] + [0]
+    train = text_of(data.train).removesuffix('<|endoftext|>').split('<|endoftext|>')
+    val = text_of(data.val).removesuffix('<|endoftext|>').split('<|endoftext|>')
+    assert ''.join(train + val) == ''.join(texts)
+    assert len(''.join(val)) == math.ceil(fraction * sum(lengths))
+    whole = [text for text in texts if text]
+    assert train[:-1] == whole[:len(train) - 1] and val[1:] == whole[len(whole) - len(val) + 1:]
     run(*told, f'--max_tokens={data.val.tokens + 1}', f'--data_dir={tmp_path}/less')
     assert text_of(open_data(f'{tmp_path}/less', 'mine').train) == f'{train[0]}<|endoftext|>'
 
@@ -150,7 +153,8 @@ def test_by_hash_from_two_expected_documents_on(tmp_path):
     by_hash = split_by_hash(documents(10), 0.2)
     assert text_of(open_data(f'{tmp_path}/10', 'text').val) == ''.join(
         f'{text}<|endoftext|>' for text in by_hash['val'])
-    assert text_of(open_data(f'{tmp_path}/9', 'text').val).count('<|endoftext|>') == 9
+    end = text_of(open_data(f'{tmp_path}/9', 'text').val).replace('<|endoftext|>', '')
+    assert ''.join(documents(9)).endswith(end) and end
 
 
 def test_validation_text_of_ones_own(tmp_path):
@@ -175,7 +179,7 @@ def test_too_little_text(tmp_path):
     told = ('text', f'--input={tmp_path}/x.txt', '--tokenizer=bytes', f'--data_dir={tmp_path}/out')
     (tmp_path / 'x.txt').write_text('')
     message = refused(*told)
-    assert message.startswith('text: 1 training and 1 validation tokens, too few to learn from')
+    assert message.startswith('text: 0 training and 0 validation tokens, too few to learn from')
     (tmp_path / 'x.txt').write_text('enough')
     assert 'too few to learn from' in refused(*told, '--val_fraction=5e-324')
     run(*told)
@@ -372,6 +376,8 @@ def test_strange_folders_are_refused(tmp_path):
 def test_command_line_mistakes(capsys):
     assert refused('fineweb_edy') == (
         "unknown source 'fineweb_edy'; say one of fineweb_edu, text, stdlib")
+    assert refused('--name=x', 'fineweb_edy').startswith("unknown source 'fineweb_edy'")
+    assert refused('fineweb_edu', '--source=', '--name=x') == "source='': must not be empty"
     assert refused() == "unknown source ''; say one of fineweb_edu, text, stdlib"
     assert refused('stdlib', '--shard_token=5', '--val_fraction=1').splitlines() == [
         "command line: unknown setting 'shard_token' (value '5'); did you mean 'shard_tokens'?",

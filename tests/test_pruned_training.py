@@ -1,6 +1,7 @@
 """Pruning as train.py runs it: schedule, metrics, best.pt, every score under every optimizer."""
 import json
 import os
+import re
 
 import pytest
 import torch
@@ -220,7 +221,7 @@ def test_any_optimizer_of_pytorch_is_pruned(tiny, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('source', ['run', pytest.param('hf', marks=pytest.mark.gpt2)])
-def test_fine_tuning_a_pruned_model_keeps_its_zeros(tiny, tmp_path, source):
+def test_fine_tuning_a_pruned_model_keeps_its_zeros(tiny, tmp_path, capsys, source):
     """Of a run, or of its export; all other weights move."""
     pruned = tmp_path / 'pruned'
     told = dict(bias=True, block_size=32)
@@ -230,9 +231,12 @@ def test_fine_tuning_a_pruned_model_keeps_its_zeros(tiny, tmp_path, source):
         assert export.main([str(pruned), str(tmp_path / 'hf')]) == 0
     start = {'run': f'run:{pruned}', 'hf': f'hf:{tmp_path / "hf"}'}[source]
     tuned = tmp_path / 'tuned'
+    assert train.main(tiny(init_from=start, **told, out_dir=tuned, dry_run=True)) == 0
+    assert ' of the matrices in the blocks is 0 at the start, and' in capsys.readouterr().out
     assert train.main(tiny(init_from=start, prune_score='zeros', max_iters=6, min_lr=1e-3,
                            **told, out_dir=tuned)) == 0
     after = matrices(tuned)
+    assert re.search(r'stays 0: [1-9][\d.]+% of the matrices', capsys.readouterr().out)
     assert zeros(tuned) == zeros(pruned)
     for name, before in matrices(pruned).items():
         assert torch.equal(before == 0, after[name] == 0)
@@ -246,3 +250,6 @@ def test_fine_tuning_a_pruned_model_keeps_its_zeros(tiny, tmp_path, source):
 def test_zeros_of_a_fresh_start_are_refused(tiny):
     [problem] = refusal(train.main, tiny(prune_score='zeros'))
     assert "prune_score='zeros' init_from='scratch'" in problem
+    [problem] = refusal(train.main, tiny(init_from='run:nowhere'))
+    assert problem.startswith('no checkpoint nowhere/last.pt; check the folder, ')
+    assert '(sample.py, export.py) use --checkpoint=last' in problem

@@ -18,7 +18,7 @@ import sample
 import sweep
 import train
 from support.checks import check
-from support.settings import parse, words_and_options
+from support.settings import parse, separate
 
 README = re.sub(r'```diff\n.*?```', '', (HOME / 'README.md').read_text(), flags=re.S)
 BLOCKS = re.findall(r'```(?:sh)?\n(.*?)```', README, re.S)
@@ -42,7 +42,7 @@ def check_words(words):
 
 
 def check_train(argv):
-    words, _ = words_and_options(train.Settings, argv)
+    words, _ = separate(train.Settings, argv)
     check_words(words)
     told = [str(HOME / argument) if argument in words else argument for argument in argv]
     settings, problems, typed = parse(train.Settings, told)
@@ -62,7 +62,7 @@ def check_script(script, argv):
         settings, problems, typed = parse(prepare.PrepareSettings, told, config_files=False)
         assert problems + prepare.check(source, settings, typed) == []
     else:
-        words, options = words_and_options(TOOLS[script], argv)
+        words, options = separate(TOOLS[script], argv)
         check_words(words)
         assert parse(TOOLS[script], options, config_files=False)[1] == []
 

@@ -234,10 +234,12 @@ def test_run_that_goes_on_is_shown_with_what_it_has(run, capsys):
 def test_no_run_is_refused(run, tmp_path):
     (tmp_path / 'hf').mkdir()
     (tmp_path / 'hf' / 'config.json').write_text('{"model_type": "gpt2"}')
+    (tmp_path / 'odd').mkdir()
+    (tmp_path / 'odd' / 'config.json').write_text('{"settings": 3}')
     good, broken = run('good'), run('broken')
     with open(os.path.join(broken, 'summary.json'), 'w') as f:
         f.write('{')
-    for name in ('none', 'hf'):
+    for name in ('none', 'hf', 'odd'):
         assert refusal(report.main, [good, f'{tmp_path}/{name}']) == [
             f"'{tmp_path}/{name}' has no config.json of a run: no run directory; check the path"]
     problem, = refusal(report.main, [good, broken])

@@ -32,7 +32,7 @@ from support.rundir import (
     unpack,
     unpack_weights,
 )
-from support.settings import run_command
+from support.settings import Refused, run_command
 
 # --- checkpoints ----------------------------------------------------------------------------------
 
@@ -646,3 +646,19 @@ def test_damaged_lines_of_the_metrics_are_left_out(tmp_path):
     path.write_bytes(b'{"step": 1, "loss": 3.0}\n{"step": 2, "lo\xff\n[]\n'
                      b'{"step": 3, "loss": 2.0}\n')
     assert [record['step'] for record in read_metrics(path)] == [1, 3]
+
+
+def test_a_disk_that_takes_no_summary(tiny, monkeypatch, capsys):
+    """Of a finished run; of one that could not save either, which is the greater news."""
+    def fails(error):
+        def fail(*told, **more):
+            raise error
+        return fail
+
+    told = 'WARNING: no room; no summary tells how this run ended'
+    monkeypatch.setattr(train, 'write_json', fails(OSError('no room')))
+    assert train.main(tiny(save_interval=100)) == 1
+    assert told in capsys.readouterr().out
+    monkeypatch.setattr(train, 'save_checkpoint', fails(Refused('last.pt could not be written')))
+    assert refusal(train.main, tiny(init_from='auto')) == ['last.pt could not be written']
+    assert told in capsys.readouterr().out

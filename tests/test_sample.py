@@ -17,7 +17,7 @@ from sample import CachedReader, draw, generate
 from support.rundir import FORMAT, save_checkpoint
 from support.settings import Refused
 from support.shards import EOT_TEXT
-from support.tokenizer import get_tokenizer
+from support.tokenizer import Tokenizer
 
 HOME = pathlib.Path(__file__).resolve().parent.parent
 
@@ -123,7 +123,7 @@ def test_a_text_ends_at_the_end_of_text_but_a_prompt_goes_on():
 
 
 def test_a_character_is_printed_once_it_is_whole(capsys):
-    tokenizer = get_tokenizer('bytes')
+    tokenizer = Tokenizer('bytes')
     printed = []
 
     def steps(tokens):
@@ -304,6 +304,8 @@ def test_files_that_are_no_text_are_refused(plain_run, tmp_path):
     (tmp_path / 'binary').write_bytes(b'\xff\xfe\xfa')
     problem, = refusal(plain_run, f'--score={tmp_path}/binary')
     assert "binary' cannot be read: 'utf-8' codec" in problem
+    assert refusal(plain_run, '--score=x', '--prompt=a') == [
+        "score='x': leave it out, or the prompt"]
     problem, = refusal(plain_run, f'--score={tmp_path}')
     assert 'Is a directory' in problem
 
@@ -311,10 +313,10 @@ def test_files_that_are_no_text_are_refused(plain_run, tmp_path):
 def test_mistakes_on_the_command_line_are_listed_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     with pytest.raises(Refused) as caught:
-        sample.main([f'{tmp_path}/none', '--temprature=1', 'config.py', '--device=gpu'])
+        sample.main(['--temprature=1', f'{tmp_path}/none', 'config.py', '--device=gpu'])
     assert caught.value.problems == [
-        "command line: unknown setting 'temprature' (value '1'); did you mean 'temperature'?",
         "command line: 'config.py' is not of the form --key=value",
+        "command line: unknown setting 'temprature' (value '1'); did you mean 'temperature'?",
         "device='gpu': must be auto, cpu, cuda or cuda:N"]
 
 

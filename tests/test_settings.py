@@ -164,7 +164,9 @@ ARGUMENTS = {
     'choice, far': ('--optimizer=x', "optimizer='x' is not one of adamw, adamwspam, adamwprune"),
     'choice with a path': ('--init_from=hf:', "init_from='hf:' is not one of scratch, resume, "
                                               'hf:PATH'),
-    'stray word': ('fast', "'fast' is not of the form config/FILE.py or --key=value"),
+    'stray word': ('fast', "'fast' is not of the form a file config/FILE.py or --key=value"),
+    'misspelt preset': ('config/best50', "'config/best50' is not of the form a file config/FILE.py "
+                                         "or --key=value; did you mean 'config/best_50.py'?"),
 }
 
 
@@ -270,6 +272,12 @@ WORLD = {  # what ends main: (exit code, what is said)
     'file': (PermissionError(errno.EACCES, 'Permission denied', 'a/b'), 1,
              "failed: PermissionError: [Errno 13] Permission denied: 'a/b'; correct that and give "
              'the same command again'),
+    'old GPU': (RuntimeError('GPUTooOldForTriton: Found Tesla P100 which is too old'), 1,
+                'failed: RuntimeError: GPUTooOldForTriton: Found Tesla P100 which is too old; use '
+                '--compile=False, or a PyTorch for this GPU'),
+    'GPU of another build': (RuntimeError('CUDA error: no kernel image is available'), 1,
+                             'failed: RuntimeError: CUDA error: no kernel image is available; use '
+                             '--compile=False, or a PyTorch for this GPU'),
     'two files': (IsADirectoryError(errno.EISDIR, 'Is a directory', 'a.tmp', None, 'a'), 1,
                   "failed: IsADirectoryError: [Errno 21] Is a directory: 'a.tmp' -> 'a'; correct "
                   'that and give the same command again'),

@@ -174,7 +174,8 @@ def test_other_data_set_than_configured(tmp_path):
     folder = small_data(tmp_path)
     assert refusal(open_data, str(folder), 'fineweb_edu') == (
         f"dataset='fineweb_edu' but {folder} holds 'small' (by its meta.json, or for lack of one); "
-        'write --dataset=small to train on it, or give the --data_dir of fineweb_edu')
+        f'write --dataset=small --data_dir={folder} to train on it, or give the --data_dir of '
+        'fineweb_edu')
     unlabelled_data(tmp_path)
     assert "holds 'unlabelled' (by " in refusal(open_data, str(tmp_path), 'small')
 

@@ -27,7 +27,7 @@ import train
 from support import sources
 from support.shards import open_data
 from support.sources import SOURCES, Source
-from support.tokenizer import get_tokenizer
+from support.tokenizer import Tokenizer
 
 
 def test_a_source_of_ones_own_is_one_entry(tmp_path, monkeypatch, capsys):
@@ -72,8 +72,8 @@ def test_what_is_not_read_is_named(tmp_path, capsys):
     assert capsys.readouterr().err == ('input: not read: 1 .gz, 2 .md, 1 .txt, 1 LICENSE, 1 link, '
                                        '1 loop, 1 secret (only .txt, .jsonl, .parquet)\n')
     data = open_data(f'{tmp_path}/out', 'x')
-    assert data.train.tokens + data.val.tokens == sum(
-        50 * len(name) + 2 for name in ('in/sub/A.TXT', 'in/b.txt'))
+    assert data.train.tokens + data.val.tokens == (
+        50 * len('in/sub/A.TXT' + 'in/b.txt') + 3)  # ends; one of the two is cut
 
 
 def test_byte_order_marks_are_no_text(tmp_path):
@@ -161,6 +161,14 @@ def hub_set(folder, *paths, card=''):
 SAMPLE = ('sample/10BT/000_00000.parquet', 'sample/10BT/001_00000.parquet')
 STORIES = ('data/train-00000-of-00001.parquet', 'data/validation-00000-of-00001.parquet')
 
+LANGUAGES = ('de/train.parquet', 'en/train.parquet')
+TWO = """---
+configs:
+- {{config_name: german, data_dir: de}}
+- {{config_name: english, data_dir: en, {more}}}
+---
+"""
+
 
 @pytest.mark.parametrize('paths, card, subset, seeds', [
     (SAMPLE, CARD, '', [0, 1]),  # where the card's first subset is not there
@@ -170,6 +178,9 @@ STORIES = ('data/train-00000-of-00001.parquet', 'data/validation-00000-of-00001.
     (STORIES, '', '', [0]),
     (STORIES, '---\nlicense: mit\n---\n', '', [0]),
     (('b.parquet', 'a.parquet'), '', '', [1, 0]),
+    (LANGUAGES, TWO.format(more='default: true'), '', [1]),
+    (LANGUAGES, TWO.format(more='x: 1'), 'german', [0]),
+    (LANGUAGES, '---\nconfigs: [{config_name: only, data_dir: en}]\n---\n', '', [1]),
 ])
 def test_local_copies_of_sets(tmp_path, paths, card, subset, seeds):
     folder = hub_set(tmp_path / 'set', *paths, card=card)
@@ -182,9 +193,14 @@ def test_subset_that_is_not_there(tmp_path):
     folder = hub_set(tmp_path / 'set', *SAMPLE, card=CARD)
     told = ('fineweb_edu', f'--source={folder}', f'--data_dir={tmp_path}/out')
     assert "subset='sample' is not one of default, sample-10BT" in refused(*told, '--subset=sample')
-    assert "of subset 'default'" in refused(*told, '--subset=default')
+    assert "for training in its subset 'default'" in refused(*told, '--subset=default')
     bare = hub_set(tmp_path / 'bare', *STORIES)
     assert "subset='x' is not one of default" in refused(*told, f'--source={bare}', '--subset=x')
+    two = hub_set(tmp_path / 'two', *LANGUAGES, card=TWO.format(more='x: 1'))
+    assert "subset='' is not one of german, english); name another" in refused(
+        *told, f'--source={two}')
+    test = hub_set(tmp_path / 'test', 'test.parquet')
+    assert 'no .txt, .jsonl, .parquet for training' in refused(*told, f'--source={test}')
 
 
 def test_file_added_to_a_source_folder(tmp_path):
@@ -284,7 +300,7 @@ def test_stdlib_is_english_and_repeatable(tmp_path, monkeypatch):
     assert data.vocab_size == 257
     assert 1_500_000 < data.train.tokens + data.val.tokens < 8_000_000
     assert 0.02 < data.val.tokens / data.train.tokens < 0.12
-    text = get_tokenizer('bytes').decode(whole(data.val).tolist())
+    text = Tokenizer('bytes').decode(whole(data.val).tolist())
     assert text.count(' the ') > len(text) / 200
     assert '\ufffd' not in text
     again = 0

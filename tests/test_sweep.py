@@ -106,7 +106,13 @@ def test_metrics_are_thinned_but_evaluations_stay(tmp_path):
 def test_what_is_not_an_experiment_is_refused(tmp_path):
     path = tmp_path / 'wrong.py'
     path.write_text('base = "config/vanilla_baseline.py"\n')
-    assert 'must assign base, a preset, and runs' in refusal(sweep.main, [str(path)])[0]
+    preset = path.read_text()
+    for runs in ('', 'runs = {}', 'runs = [1]', 'runs = {"a": 3}', 'runs = {"../a": {}}',
+                 'runs = {"a": {}}; common = 3', 'runs = {"a": {}}; base = 3'):
+        path.write_text(preset + runs)
+        assert 'must assign base, a preset, and runs' in refusal(sweep.main, [str(path)])[0]
+    assert refusal(sweep.main, [str(path), '--gpus=-1', '--time_limit=-1']) == [
+        'gpus_a_run=1 gpus=-1 time_limit=-1: none is negative, and gpus_a_run is from 1 to gpus']
     assert 'cannot be read' in refusal(sweep.main, [str(tmp_path / 'none.py')])[0]
     assert 'gpus_a_run=3' in refusal(sweep.main, [str(path), '--gpus=2', '--gpus_a_run=3'])[0]
 

@@ -4,22 +4,22 @@ import os
 import pytest
 from texts import command, refusal, use_small_gpt2
 
-from support.tokenizer import get_tokenizer
+from support.tokenizer import Tokenizer
 
 
 def test_bytes_tokenizer_round_trips():
-    tokenizer = get_tokenizer('bytes')
+    tokenizer = Tokenizer('bytes')
     assert tokenizer.eot == 256
     assert tokenizer.encode('aé') == [97, 195, 169]
     text = 'naïve 漢 <|endoftext|>'
     assert tokenizer.decode(tokenizer.encode(text) + [256]) == text + '<|endoftext|>'
     assert tokenizer.decode([195]) == '\ufffd'
-    assert refusal(get_tokenizer, 'gpt3') == "tokenizer='gpt3' is not one of gpt2, bytes"
+    assert refusal(Tokenizer, 'gpt3') == "tokenizer='gpt3' is not one of gpt2, bytes"
 
 
 def test_a_literal_end_of_text_is_text(monkeypatch):
     use_small_gpt2(monkeypatch)
-    tokenizer = get_tokenizer('gpt2')
+    tokenizer = Tokenizer('gpt2')
     assert tokenizer.encode('the<|endoftext|>')[0] == 257
     assert 50256 not in tokenizer.encode('the<|endoftext|>')
     assert tokenizer.decode([257, 50256]) == 'the<|endoftext|>'
@@ -27,14 +27,14 @@ def test_a_literal_end_of_text_is_text(monkeypatch):
 
 def test_a_million_spaces_are_refused(monkeypatch):
     use_small_gpt2(monkeypatch)
-    tokenizer = get_tokenizer('gpt2')
+    tokenizer = Tokenizer('gpt2')
     message = refusal(tokenizer.encode, 'x' + ' ' * 3_000_000 + 'y')
     assert message.startswith('a text of 3000002 characters cannot be tokenized (Regex error')
 
 
 @pytest.mark.skipif('TIKTOKEN_CACHE_DIR' not in os.environ, reason='the vocabulary is not at hand')
 def test_real_gpt2():
-    tokenizer = get_tokenizer('gpt2')
+    tokenizer = Tokenizer('gpt2')
     assert tokenizer.eot == 50256
     assert tokenizer.encode('Hello world') == [15496, 995]
     assert tokenizer.decode([15496, 995, 50256]) == 'Hello world<|endoftext|>'
