@@ -10,7 +10,6 @@ config, summary and thinned metrics to results/NAME/RUN/.
 import json
 import math
 import os
-import re
 import subprocess
 import sys
 import time
@@ -37,13 +36,14 @@ class SweepSettings:
 def read_experiment(path):
     """(name, base preset, {run: {setting: value}}) of an experiment file."""
     told = read_config(path)
-    base, runs, common = (told.get(key, {}) for key in ('base', 'runs', 'common'))
-    whole = isinstance(base, str) and isinstance(common, dict) and isinstance(runs, dict) and runs
-    if not whole or not all(re.fullmatch(r'\w[\w.-]*', str(name)) and isinstance(changes, dict)
-                            for name, changes in runs.items()):
-        raise Refused(f'{path} must assign base, a preset, and runs = {{name: {{setting: value}}}}'
-                      '; names are of letters, digits, _ . - alone, common is as one of the runs')
-    runs = {str(name): {**common, **changes} for name, changes in runs.items()}
+    try:
+        runs = {str(name): {**told.get('common', {}), **changes}
+                for name, changes in told['runs'].items()}
+        base = os.fspath(told['base'])
+    except (KeyError, TypeError, AttributeError):
+        runs = {}
+    if not runs:
+        raise Refused(f'{path} must assign base, a preset, and runs = {{name: {{setting: value}}}}')
     return os.path.basename(path).removesuffix('.py'), base, runs
 
 
@@ -65,11 +65,9 @@ def start(name, base, settings, folder, gpus):
     write_atomically(f'{folder}.py', lambda f: f.write(lines.encode()))
     command += ['train.py', base, f'{folder}.py', f'--out_dir={folder}', '--init_from=auto']
     environment = dict(os.environ)
-    where = ''
     if None not in gpus:
         environment['CUDA_VISIBLE_DEVICES'] = ','.join(map(str, gpus))
-        where = f' on GPU {gpus}'
-    print(f'{name}: started{where}; it says: {folder}.log', flush=True)
+    print(f'{name}: started on GPUs {gpus}; it says: {folder}.log', flush=True)
     with open(f'{folder}.log', 'a') as log:
         return subprocess.Popen(command, cwd=HOME, env=environment, stdout=log, stderr=log)
 
