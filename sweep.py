@@ -67,7 +67,7 @@ def start(name, base, settings, folder, gpus):
     environment = dict(os.environ)
     if None not in gpus:
         environment['CUDA_VISIBLE_DEVICES'] = ','.join(map(str, gpus))
-    print(f'{name}: started on GPUs {gpus}; it says: {folder}.log', flush=True)
+    print(f'{name}: started; it says: {folder}.log', flush=True)
     with open(f'{folder}.log', 'a') as log:
         return subprocess.Popen(command, cwd=HOME, env=environment, stdout=log, stderr=log)
 
