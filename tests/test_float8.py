@@ -411,7 +411,9 @@ def test_gradients_in_bfloat16_and_float8_are_near_float64():
         found.backward()
         accumulate(flats)
         assert abs(found.item() - expected.item()) < 5e-3
-        named = {name: p for flat in flats for name, p in flat.parameters.items()}
+        named = {}
+        for flat in flats:
+            named.update(flat.parameters)
         for name, p in exact.named_parameters():
             assert error(named[name].grad, p.grad) < tolerance, name
 

@@ -374,11 +374,11 @@ def test_strange_folders_are_refused(tmp_path):
 
 
 def test_command_line_mistakes(capsys):
-    assert refused('fineweb_edy') == (
-        "unknown source 'fineweb_edy'; say one of fineweb_edu, text, stdlib")
+    choices = ', '.join(prepare.SOURCES)
+    assert refused('fineweb_edy') == f"unknown source 'fineweb_edy'; say one of {choices}"
     assert refused('--name=x', 'fineweb_edy').startswith("unknown source 'fineweb_edy'")
     assert refused('fineweb_edu', '--source=', '--name=x') == "source='': must not be empty"
-    assert refused() == "unknown source ''; say one of fineweb_edu, text, stdlib"
+    assert refused() == f"unknown source ''; say one of {choices}"
     assert refused('stdlib', '--shard_token=5', '--val_fraction=1').splitlines() == [
         "command line: unknown setting 'shard_token' (value '5'); did you mean 'shard_tokens'?",
         'val_fraction=1.0: must be above 0 and below 1']

@@ -25,7 +25,7 @@ BLOCKS = re.findall(r'```(?:sh)?\n(.*?)```', README, re.S)
 INLINE = re.findall(r'`([^`\n]+)`', re.sub(r'```.*?```', '', README, flags=re.S))
 PROGRAM = re.compile(r'(?<![\w./])(?:\.venv/bin/)?(?:python3?|pip3?|torchrun|lm_eval|hf|pytest|ruff'
                      r'|make|cp)(?= )[^;#\n]+')
-COMMANDS = [found.strip() for block in BLOCKS for found in PROGRAM.findall(block)]
+COMMANDS = [found.strip() for found in PROGRAM.findall('\n'.join(BLOCKS))]
 COMMANDS += [span for span in INLINE if PROGRAM.match(span)]
 INSTALLED = re.findall(r'pip install "(\w+)', README)  # by commands of the README itself
 TOOLS = {  # script: its settings
