@@ -100,8 +100,8 @@ def check_pruning(s, require):
 # --- settings without effect ----------------------------------------------------------------------
 
 
-def without_effect(s):
-    """{name: what it needs, as a user would write it} of the changed settings that act on nothing.
+def idle_settings(s):
+    """{name: what it needs, as a user would write it} of the settings that act on nothing.
 
     The settings that a need names are those that decide.
     """
@@ -131,8 +131,13 @@ def without_effect(s):
              'a prune_score other than zeros', s.prune_score != 'zeros')
     act_only('prune_schedule prune_allocation', 'prune_pattern=unstructured',
              s.prune_pattern == 'unstructured')
+    return idle
+
+
+def without_effect(s):
+    """The idle_settings that differ from their defaults."""
     different = changed(s)
-    return {key: needs for key, needs in idle.items() if key in different}
+    return {key: needs for key, needs in idle_settings(s).items() if key in different}
 
 
 def contradictions(s, typed):

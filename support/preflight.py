@@ -4,12 +4,13 @@ import os
 import pathlib
 import shutil
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import torch
 
 from kernels import float8
 from model import attention_backend
-from support.checks import without_effect
+from support.checks import idle_settings, without_effect
 from support.files import locked, remove, write_json
 from support.guards import Stop
 from support.rundir import exit_reason, load_checkpoint, provenance, share_of_zeros, size
@@ -119,13 +120,14 @@ def checkpoint_to_resume(s, data):
     if 'progress' not in saved:
         raise Refused(f'{last} holds weights only, like a best.pt: not enough to resume from; '
                       'restore the last.pt of this run')
-    defaults = vars(type(s)())  # what a setting newer than the run was
-    then = fixed_on_resume({**defaults, **saved['settings']}, saved['fingerprint'])
+    settings = {**vars(type(s)()), **saved['settings']}  # a setting newer than the run: its default
+    then = fixed_on_resume(settings, saved['fingerprint'])
     now = fixed_on_resume(vars(s), data.fingerprint)
+    idle = idle_settings(s).keys() & idle_settings(SimpleNamespace(**settings)).keys()
     problems = [
         f'{key}={value!r}: the run in {s.out_dir} has {key}={then[key]!r}; keep it, or start '
         'another run with another --out_dir'
-        for key, value in now.items() if value != then[key]
+        for key, value in now.items() if value != then[key] and key not in idle
     ]
     if saved['step'] > s.max_iters:
         problems.append(f'max_iters={s.max_iters}: the run in {s.out_dir} has done {saved["step"]} '

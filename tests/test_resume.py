@@ -265,6 +265,16 @@ def test_resume_may_change_what_does_not_make_another_run(tiny, half, tmp_path):
     assert last(moved)['step'] == 8
 
 
+def test_resume_may_change_what_has_no_effect(tiny, half):
+    """In the run as it was, and in the run as it is asked for."""
+    idle = dict(prune_start=3, spam_warmup=7, latent_dim=9)
+    assert train.main(tiny(init_from='resume', lr_decay_iters=8, **idle)) == 0
+    told = refusal(train.main, tiny(init_from='resume', lr_decay_iters=8, prune_score='magnitude',
+                                    prune_start=2, prune_end=6))
+    problems = [problem.split(':')[0] for problem in told]
+    assert problems == ["prune_score='magnitude'", 'prune_start=2', 'prune_end=6']
+
+
 def test_resume_on_other_data(tiny, half, tmp_path):
     then = last(half)['fingerprint']
     folder = make_data(tmp_path, texts=12, seed=1000)
