@@ -551,10 +551,9 @@ def build(s, machine, data, saved):
               start_step=progress.step, mark_step=progress.step,
               began=time.monotonic() - progress.seconds)
     ranks.check_same_run(run)  # before anything is written
-    write = machine.rank == 0 and not s.dry_run
-    run.log = RunLog(s.out_dir, s.tracker, asdict(s), progress.step if saved else None, write)
-    if s.dry_run and machine.rank == 0:
-        run.log.say = print  # there is no train.log
+    first = machine.rank == 0
+    run.log = RunLog(s.out_dir, s.tracker, asdict(s), progress.step if saved else None,
+                     write=first and not s.dry_run, speak=first)
     for note in saved['notes'] if saved else []:
         run.log.say(f'note: {note}')
     if pruner:

@@ -147,11 +147,14 @@ def size(n):
 
 
 class RunLog:
-    """Prints and keeps what a run says. On ranks other than 0 everything is a no-op."""
+    """Prints and keeps what a run says."""
 
-    def __init__(self, out_dir, tracker='none', config=None, keep_until=None, write=True):
-        """keep_until: the step a run resumes from; what was measured after it goes. None: anew."""
+    def __init__(self, out_dir, tracker='none', config=None, keep_until=None, write=True,
+                 speak=True):
+        """keep_until: the step a run resumes from; what was measured after it goes. None: anew.
+        write, speak: whether there are files, and whether anything is printed."""
         self.write = write
+        self.speak = speak
         self.tracker = None  # the thread that gives records to a tracker
         if not write:
             return
@@ -183,11 +186,12 @@ class RunLog:
                          f'{error}); metrics.jsonl has it all')
 
     def say(self, line):
-        if self.write:
+        if self.speak:
             try:
                 print(line, flush=True)
             except OSError:  # train.log has it all
                 drop_output()
+        if self.write:
             self.put(self.text, line)
 
     def put(self, file, line):

@@ -507,7 +507,7 @@ def test_clock_that_stands_still_ends_no_run(tiny, tmp_path, monkeypatch):
 
 
 def test_only_the_first_rank_writes(tmp_path, capsys):
-    log = RunLog(str(tmp_path / 'run'), tracker='wandb', write=False)
+    log = RunLog(str(tmp_path / 'run'), tracker='wandb', write=False, speak=False)
     log.say('x')
     log.measure(dict(step=1))
     log.close()
