@@ -346,8 +346,8 @@ class AdamWSPAM(AdamW):
         if not params:
             return loss
         spam = self.spam
-        missing = len(self.parameters()) - len(spam['levels'])
-        spam['levels'] = F.pad(spam['levels'], (0, 0, 0, missing))
+        if missing := len(self.parameters()) - len(spam['levels']):
+            spam['levels'] = F.pad(spam['levels'], (0, 0, 0, missing))
         for key in ('counts', 'norms', 'levels'):  # new and loaded ones may lie on the CPU
             spam[key] = spam[key].to(params[0].device)
         spam['updates'] += 1

@@ -165,8 +165,8 @@ def announce(run, argv=()):
              for key, needs in without_effect(s).items()]
     if s.prune_score == 'bitter10':
         notes.append('bitter10 keeps three more float32 numbers a prunable weight')
-    zeros = share_of_zeros(run.model.state_dict())
-    if zeros > 0.01 and s.init_from not in CONTINUE and s.prune_score != 'zeros':
+    begins_dense = s.init_from not in CONTINUE and s.prune_score != 'zeros'
+    if begins_dense and (zeros := share_of_zeros(run.model.state_dict())) > 0.01:
         notes.append(f'{zeros:.1%} of the matrices in the blocks is 0 at the start, and is '
                      'trained; --prune_score=zeros keeps it 0')
     presets, _ = separate(type(s), argv)
