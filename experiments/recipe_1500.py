@@ -2,7 +2,8 @@
 
 tenth, zero: the learning rate ends at a tenth by cosine, or at zero in a straight line. late,
 early: when masks are chosen. half, more: the pruned's rate is over their density to the power 0.5
-or 1.5, not 1. regrow: the pruned learn on, and may return until 80% of the run.
+or 1.5, not 1. layer: each matrix alike. regrow: the pruned learn on, and may return until 80% of
+the run.
 """
 base = 'config/vanilla_baseline.py'
 common = dict(
@@ -15,7 +16,7 @@ _late = dict(prune_score='magnitude', prune_start=750, prune_end=1470, prune_int
 _early = {**_late, 'prune_start': 375, 'prune_end': 1125}  # 25% to 75%
 _regrow = {**_late, 'prune_end': 1200, 'prune_regrow': 1e-4}
 varied = ['min_lr', 'lr_schedule', 'prune_score', 'target_sparsity', 'prune_start', 'prune_end',
-          'prune_lr_power', 'prune_pattern', 'prune_regrow']
+          'prune_lr_power', 'prune_pattern', 'prune_regrow', 'prune_allocation']
 runs = {
     'dense_tenth': _tenth,
     'dense_zero': _zero,
@@ -26,6 +27,7 @@ runs = {
     '90_tenth_late': dict(target_sparsity=0.9, **_tenth, **_late),
     '90_tenth_half': dict(target_sparsity=0.9, **_tenth, **{**_late, 'prune_lr_power': 0.5}),
     '90_tenth_more': dict(target_sparsity=0.9, **_tenth, **{**_late, 'prune_lr_power': 1.5}),
+    '90_tenth_layer': dict(target_sparsity=0.9, prune_allocation='layer', **_tenth, **_late),
     '90_tenth_regrow': dict(target_sparsity=0.9, **_tenth, **_regrow),
     '2_4_tenth_late': dict(target_sparsity=0.5, prune_pattern='2:4', **_tenth, **_late),
     '2_4_tenth_regrow': dict(target_sparsity=0.5, prune_pattern='2:4', **_tenth, **_regrow),
