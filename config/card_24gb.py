@@ -1,7 +1,7 @@
 """vanilla_baseline for a card of 24 GB: micro-batches of 64.
 
-An H200 whose process was capped at 22.5 GiB reserved 18.33 GiB, pruning included; CUDA and its
-libraries take 0.75 GiB beside. It has not run on a card of 24 GB.
+An H200 whose process was capped at 22.5 GiB reserved 18.33 GiB, pruning included. CUDA and its
+libraries come on top, 0.75 GiB with card_12gb. It has not run on a card of 24 GB.
 """
 out_dir = 'out/card_24gb'
 dataset = 'fineweb_edu'

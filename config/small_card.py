@@ -1,7 +1,7 @@
 """vanilla_baseline for a card of 8 GB: micro-batches of 16, norms and GELU computed again.
 
 An H200 whose process was capped at 7.0 GiB reserved 5.95 GiB, pruning included; CUDA and its
-libraries took 0.77 GiB beside (free memory of the card before and after). 3% faster and 0.3 GiB
+libraries took 0.77 GiB beside (what was in use of a card of its own). 3% faster and 0.3 GiB
 more with --activation_budget=1. It has not run on a card of 8 GB.
 """
 out_dir = 'out/small_card'
