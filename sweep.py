@@ -2,13 +2,11 @@
 
     python sweep.py experiments/table_3000.py --gpus=4 --time_limit=540
 
-An experiment is a Python file with `base`, a preset, and `runs`, {name: {setting: value}}; `common`
-holds settings of all runs, and `varied` names settings that report.py expects to differ. Call it
-again until all are finished. It prints report.py's table, draws its picture, and copies each run's
-config, summary and thinned metrics to results/NAME/RUN/.
+An experiment is a Python file with `base`, a preset, `runs`, {name: {setting: value}}, `common`,
+settings of all runs, and `varied`, those that report.py expects to differ. Call it again until all
+are finished. It ends with report.py's table and picture, and copies to results/NAME/RUN/.
 """
 import json
-import math
 import os
 import subprocess
 import sys
@@ -27,7 +25,7 @@ SAVING_SECONDS = 60  # a run may take to save after SIGTERM
 
 @dataclass
 class SweepSettings:
-    gpus: int = 0  # GPUs; each holds one run at a time; 0: one run at a time, as its settings say
+    gpus: int = 0  # of CUDA_VISIBLE_DEVICES; each holds a run; 0: one run, as its settings say
     gpus_a_run: int = 1  # more than 1: each run by torchrun over so many
     time_limit: int = 0  # seconds after which all runs save and stop, to be continued; 0: none
     out_dir: Path = 'out'  # runs go to OUT_DIR/NAME/RUN
@@ -64,20 +62,18 @@ def start(name, base, settings, folder, gpus):
     lines = ''.join(f'{key} = {str(value)!r}\n' for key, value in settings.items())
     write_atomically(f'{folder}.py', lambda f: f.write(lines.encode()))
     command += ['train.py', base, f'{folder}.py', f'--out_dir={folder}', '--init_from=auto']
-    environment = dict(os.environ)
-    if None not in gpus:
-        environment['CUDA_VISIBLE_DEVICES'] = ','.join(map(str, gpus))
+    env = os.environ if None in gpus else {**os.environ, 'CUDA_VISIBLE_DEVICES': ','.join(gpus)}
     print(f'{name}: started; it says: {folder}.log', flush=True)
     with open(f'{folder}.log', 'a') as log:
-        return subprocess.Popen(command, cwd=HOME, env=environment, stdout=log, stderr=log)
+        return subprocess.Popen(command, cwd=HOME, env=env, stdout=log, stderr=log)
 
 
-def run_all(base, runs, folders, s):
+def run_all(base, runs, folders, s, gpus):
     """Train what is not finished, until all are or the time is up."""
     waiting = [name for name in runs if not is_finished(folders[name], runs[name])]
-    free = list(range(s.gpus)) or [None]  # None: the device that the settings name
+    free = gpus or [None]  # None: the device that the settings name
     running = {}  # run: (process, its GPUs)
-    deadline = time.monotonic() + (s.time_limit or math.inf)
+    deadline = time.monotonic() + (s.time_limit or float('inf'))
     while (waiting or running) and time.monotonic() < deadline:
         while waiting and len(free) >= s.gpus_a_run:
             name = waiting.pop(0)
@@ -129,13 +125,17 @@ def main(argv):
     if min(s.gpus, s.time_limit) < 0 or not 1 <= s.gpus_a_run <= max(1, s.gpus):
         problems.append(f'gpus_a_run={s.gpus_a_run} gpus={s.gpus} time_limit={s.time_limit}: none '
                         'is negative, and gpus_a_run is from 1 to gpus')
+    listed = os.environ.get('CUDA_VISIBLE_DEVICES') or ','.join(map(str, range(s.gpus)))
+    gpus = listed.split(',')[:s.gpus]
+    if len(gpus) < s.gpus:
+        problems.append(f'gpus={s.gpus}: CUDA_VISIBLE_DEVICES={listed!r} lists {len(gpus)}')
     if problems:
         raise Refused(problems)
     experiment, base, runs = read_experiment(argv[0])
     parent = os.path.join(os.path.abspath(s.out_dir), experiment)
     os.makedirs(parent, exist_ok=True)
     folders = {name: os.path.join(parent, name) for name in runs}
-    run_all(base, runs, folders, s)
+    run_all(base, runs, folders, s, gpus)
     done = [name for name in runs if is_finished(folders[name], runs[name])]
     for name in done:
         keep_results(folders[name], os.path.join('results', experiment, name))

@@ -117,6 +117,38 @@ def test_what_is_not_an_experiment_is_refused(tmp_path):
     assert 'gpus_a_run=3' in refusal(sweep.main, [str(path), '--gpus=2', '--gpus_a_run=3'])[0]
 
 
+@pytest.mark.parametrize('listed, gpus, a_run, given', [
+    (None, 2, 1, ['0', '1']), ('', 2, 2, ['0,1', '0,1']), ('5,2,GPU-8932f937', 2, 1, ['5', '2']),
+    ('5,2,GPU-8932f937', 3, 2, ['5,2', 'GPU-8932f937,5']), ('3', 1, 1, ['3', '3']),
+    ('5,2', 0, 1, ['5,2', '5,2']), (None, 0, 1, [None, None])])
+def test_a_sweep_takes_its_gpus_from_those_it_was_given(experiment, monkeypatch, listed, gpus,
+                                                        a_run, given):
+    if listed is None:
+        monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
+    else:
+        monkeypatch.setenv('CUDA_VISIBLE_DEVICES', listed)
+    seen = []
+
+    class Process:
+        returncode = 1
+
+        def __init__(self, command, env, **_):
+            seen.append(env.get('CUDA_VISIBLE_DEVICES'))
+
+        def poll(self):
+            return 1
+
+    monkeypatch.setattr(sweep.subprocess, 'Popen', Process)
+    assert sweep.main([str(experiment), f'--gpus={gpus}', f'--gpus_a_run={a_run}']) == 1
+    assert seen == given
+
+
+def test_fewer_gpus_than_a_sweep_is_told_to_take(experiment, monkeypatch):
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '2,3')
+    assert refusal(sweep.main, [str(experiment), '--gpus=4']) == [
+        "gpus=4: CUDA_VISIBLE_DEVICES='2,3' lists 2"]
+
+
 def test_an_edited_experiment_is_not_finished(tmp_path):
     folder = tmp_path / 'run'
     folder.mkdir()
