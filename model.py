@@ -164,20 +164,13 @@ class Places(NamedTuple):
     cos: Tensor | None = None  # (B or 1, T, 1, R / 2) of the rotary angles; None: nothing turns
     sin: Tensor | None = None
     positions: Tensor | None = None  # (B, T) int64, places of a cache
-    visible: Tensor | None = None  # (B, 1, T, S) bool, the places that a token sees
+    mask: Tensor | None = None  # (B, 1, H / K T, S), -inf where a token does not see a place
 
 
 class Cache(NamedTuple):
     """What one layer has read of B texts. A place holds what was put there last."""
     keys: Tensor  # (B, heads, S, width)
     values: Tensor
-
-    def extend(self, keys, values, positions):
-        """Put new ones (B, heads, T, width) at positions (B, T); returns all that it holds."""
-        row = torch.arange(len(positions), device=positions.device)[:, None]
-        self.keys[row, :, positions] = keys.transpose(1, 2)
-        self.values[row, :, positions] = values.transpose(1, 2)
-        return self
 
     def part(self, rows, places):
         """A view of a slice of rows and of one of places."""
@@ -209,13 +202,12 @@ def attend_to_cache(q, k, v, cache, places, scale=None):
 
     Heads that share a key head become more queries of it: nothing is copied for them.
     """
-    B, H, T, _ = q.shape
-    K = k.size(1)
-    keys, values = cache.extend(k, v, places.positions)  # (B, K, S, width)
-    q = q.reshape(B, K, H // K * T, -1)
-    visible = places.visible.repeat(1, 1, H // K, 1)  # (B, 1, H / K T, S)
-    y = F.scaled_dot_product_attention(q, keys, values, visible, scale=scale)
-    return y.reshape(B, H, T, -1)
+    place = places.positions[:, None, :, None]  # the same for all heads and numbers
+    keys = cache.keys.scatter_(2, place.expand_as(k), k)  # (B, K, S, width)
+    values = cache.values.scatter_(2, place.expand_as(v), v)
+    queries = q.reshape(*k.shape[:2], -1, q.size(-1))  # (B, K, H / K T, width)
+    y = F.scaled_dot_product_attention(queries, keys, values, places.mask, scale=scale)
+    return y.reshape(*q.shape[:3], -1)
 
 
 class Attention(CausalAttention):
@@ -392,16 +384,18 @@ class GPT(nn.Module):
             embedding = self.position_embedding
             x = x + (embedding.weight[:T] if positions is None else embedding(positions))
         x = F.dropout(x, c.dropout, self.training)
-        cos = sin = visible = None
+        cos = sin = mask = None
         if cache:
-            place = torch.arange(cache[0].keys.size(2), device=idx.device)  # (S,)
-            visible = place <= positions[:, None, :, None]
+            _, K, S, _ = cache[0].keys.shape
+            later = torch.arange(S, device=idx.device) > positions[:, None, :, None]  # (B, 1, T, S)
+            mask = torch.zeros_like(later, dtype=x.dtype).masked_fill_(later, -math.inf)
+            mask = mask.repeat(1, 1, c.n_head // K, 1)  # heads that share a key head are queries
         elif c.rotary_width:
             positions = torch.arange(T, device=idx.device)[None]  # (1, T)
         if c.rotary_width:
             exact = torch.promote_types(self.token_embedding.weight.dtype, torch.float32)
             cos, sin = rotary_angles(positions, c.rotary_width, exact)
-        places = Places(cos, sin, positions, visible)
+        places = Places(cos, sin, positions, mask)
         for n, block in enumerate(self.blocks):
             x = block(x, places, cache[n] if cache else None)
         return self.norm(x)

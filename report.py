@@ -188,14 +188,14 @@ def difference(run, first):
 
 def methods(arms):
     """{method: array (3, N) of the share of prunable weights that is gone, perplexity, its standard
-    error}; {} unless arms are pruned to several sparsities. A method of several arms begins at the
-    baseline. A dense model with fewer weights stands where a pruned one has as many."""
+    error}; {} unless arms are pruned to several sparsities. A method of several arms begins at a
+    dense baseline. A dense model with fewer weights stands where a pruned one has as many."""
     told = {name: [numbers(run, {}) for run in runs] for name, runs in arms.items()}
     pruned = [each for each in sum(told.values(), []) if each['sparsity_all'] > 0]
     if len({round(each['sparsity'], 2) for each in pruned}) < 2:
         return {}
     prunable = max(each['sparsity_all'] / each['sparsity'] for each in pruned)  # share of all
-    whole = next(iter(told.values()))[0]['nonzero']
+    whole = next(iter(told.values()))[0]['parameters']
     points = defaultdict(list)
     for name, of_arm in told.items():
         gone = (1 - estimate(of_arm, 'nonzero')[0] / whole) / prunable
@@ -203,7 +203,7 @@ def methods(arms):
         method = name.removesuffix(f'_{100 * estimate(of_arm, "sparsity")[0]:.0f}')
         if math.isfinite(gone + loss):  # a run that goes on does not say how many weights it has
             points[method].append((gone, np.exp(loss), np.exp(loss) * error))
-    baseline = next(iter(points.values()), [])[:1]
+    baseline = [first for first in next(iter(points.values()), [])[:1] if round(first[0], 2) == 0]
     return {method: np.array(sorted(baseline + of_method) if of_method[1:] else of_method).T
             for method, of_method in points.items()}
 

@@ -106,6 +106,17 @@ class CachedReader:
         self.lengths = [len(text) for text in texts]
         self.tokens.copy_(torch.tensor([text[-1:] for text in texts]))
         self.positions.copy_(torch.tensor(self.lengths)[:, None] - 1)
+        return self.logits()
+
+    def grown(self, drawn):
+        """As __call__ of the texts before with one token more each, drawn (B,) on the device."""
+        self.lengths = [length + 1 for length in self.lengths]
+        self.tokens.copy_(drawn[:, None].clamp(min=0))
+        self.positions += 1
+        return self.logits()
+
+    def logits(self):
+        """What `step` gives, replayed from a graph if they are to be recorded."""
         longest = max(self.lengths)
         if not self.recorded:
             return self.step(longest)
@@ -145,11 +156,11 @@ def draw(logits, temperature, top_k, top_p, numbers):
 
     -1 where a logit is not finite. Nothing waits for the device.
     """
-    highest = logits.amax(-1, keepdim=True)  # (B, 1)
     if temperature == 0:
-        chosen = logits.argmax(-1, keepdim=True)
+        highest, chosen = logits.max(-1, keepdim=True)  # (B, 1) each
     else:
         logits, order = logits.topk(top_k or logits.size(-1))  # (B, K) each, likeliest first
+        highest = logits[:, :1]  # nan counts as more than any other
         # The highest is moved to 0, because low temperatures overflow.
         probabilities = ((logits - highest).double() / temperature).softmax(-1)
         if top_p < 1:  # a token goes if those before it are enough
@@ -174,22 +185,35 @@ def generate(reader, block_size, prompts, seeds, max_new_tokens, temperature, to
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     seen = [prompt[-block_size:] for prompt in prompts]
     ended = [False] * len(prompts)
+    logits = None  # of a step that has begun
     for step in range(max_new_tokens):
-        logits = reader(seen).float()  # (B, vocab_size)
+        if logits is None:
+            logits = reader(seen)  # (B, vocab_size)
         if step % AHEAD == 0:
             numbers = [torch.rand(AHEAD, dtype=torch.float64, generator=g) for g in generators]
             numbers = torch.stack(numbers, 1).to(logits.device)  # (AHEAD, B)
-        drawn = draw(logits, temperature, top_k, top_p, numbers[step % AHEAD]).tolist()
-        if min(drawn) < 0:
+        drawn = draw(logits.float(), temperature, top_k, top_p, numbers[step % AHEAD])
+        tokens = drawn.to('cpu', non_blocking=True)
+        copied = torch.cuda.current_stream().record_event() if drawn.is_cuda else None
+        logits = None
+        full = max(map(len, seen)) == block_size
+        if isinstance(reader, CachedReader) and not full and step + 1 < max_new_tokens:
+            logits = reader.grown(drawn)  # a GPU runs it while the host looks at what was drawn
+        if copied:
+            copied.synchronize()
+        tokens = tokens.tolist()
+        if min(tokens) < 0:
             raise Refused('the model gives logits that are not finite: its weights are broken, or '
                           'too large for the dtype')
-        yield [None if over else token for token, over in zip(drawn, ended)]
-        for row, token in enumerate(drawn):
+        yield [None if over else token for token, over in zip(tokens, ended)]
+        for row, token in enumerate(tokens):
             ended[row] |= token == end
-            text = seen[row] + [token]
-            if len(text) > block_size:
-                text = text[-max(1, block_size // 2):]
-            seen[row] = [token] if ended[row] else text  # what it draws after its end is of no use
+            seen[row].append(token)
+            if logits is None:  # the texts are read from here
+                if ended[row]:
+                    seen[row] = [token]  # what it draws after its end is of no use
+                elif len(seen[row]) > block_size:
+                    seen[row] = seen[row][-max(1, block_size // 2):]
         if all(ended):
             return
 

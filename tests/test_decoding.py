@@ -9,6 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 from model import GPT, GPTConfig
 from sample import CachedReader, generate, read_whole
+from support.settings import Refused
 
 cached = pytest.mark.parametrize('told', CACHED.values(), ids=CACHED)
 PROMPTS = [[5], list(range(30)), list(range(48, 96)), list(range(20, 80)), [7, 8, 9]]
@@ -114,6 +115,29 @@ def test_the_smallest_of_windows(block_size):
     prompts = [[1], [2, 3], [4, 5, 6, 7]]
     rows = generated(model, CachedReader(model, 3, recorded=False), prompts, [1, 2, 3], 12)
     assert rows == generated(model, partial(read_whole, model), prompts, [1, 2, 3], 12)
+
+
+def test_a_step_begins_before_the_last_is_looked_at(monkeypatch):
+    """Unless a text is full: here after 3 tokens, and when its last 24 and 24 more are."""
+    model = lively()
+    events = []
+    step, tolist = CachedReader.step, torch.Tensor.tolist
+    monkeypatch.setattr(CachedReader, 'step', lambda *a: events.append('step') or step(*a))
+    monkeypatch.setattr(torch.Tensor, 'tolist', lambda t: events.append('look') or tolist(t))
+    reader = CachedReader(model, 2, recorded=False)
+    generated(model, reader, [list(range(46)), [5]], [1, 2], 30)
+    apart = ['step', 'look']
+    assert events == (['step'] + apart * 2 + ['look'] + ['step'] + apart * 24 + ['look']
+                      + ['step'] + apart * 1 + ['look'])
+    assert events.count('step') == 30
+
+
+def test_tokens_that_were_not_drawn_are_never_looked_up():
+    """A step that has begun when the one before turns out to be broken."""
+    model = lively()
+    model.norm.weight.data[3] = torch.nan
+    with pytest.raises(Refused, match='the model gives logits that are not finite'):
+        generated(model, CachedReader(model, 5, recorded=False))
 
 
 # --- CUDA graphs ----------------------------------------------------------------------------------

@@ -416,6 +416,15 @@ def test_runs_that_go_on_are_left_out_of_perplexity_over_sparsity(run):
     assert 'perplexity' not in [axis.get_ylabel() for axis in shown]
 
 
+def test_pruned_runs_alone_stand_at_their_own_sparsity(run):
+    folders = [run('bitter_75', sparsity=0.75), run('best_50', sparsity=0.5),
+               run('best_90', sparsity=0.9)]
+    axis = axis_of(drawn(*folders), 'perplexity')
+    shown = [line.get_xdata().tolist() for line in axis.lines]
+    np.testing.assert_allclose(shown[0], [0.75])
+    np.testing.assert_allclose(shown[1], [0.5, 0.9])  # not by way of another method
+
+
 def test_one_sparsity_makes_no_panel_of_perplexity(run):
     figure = drawn(run('dense'), run('a', sparsity=0.5), run('b', sparsity=0.5))
     assert 'perplexity' not in [axis.get_ylabel() for axis in figure.axes]
