@@ -190,7 +190,7 @@ class CausalAttention(nn.Module):
 
     def attend(self, q, k, v):
         """Causal attention of q (B, H, T, D) to k, v (B, K, T, D) -> (B, H, T, D)."""
-        dropout = self.dropout if self.training else 0.0
+        dropout = self.dropout if self.dropout and self.training else 0.0
         if self.alpha is not None:
             return reciprocal_attention(q, k, v, self.alpha, self.window, dropout)
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True,
@@ -335,7 +335,7 @@ def attention_backend(config, device, dtype):
 class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         self.norm_1 = LayerNorm(config.n_embd, bias=config.bias)
         self.attention = ATTENTIONS[config.attention](config)
         self.norm_2 = LayerNorm(config.n_embd, bias=config.bias)
@@ -383,7 +383,8 @@ class GPT(nn.Module):
         if c.positions == 'learned':
             embedding = self.position_embedding
             x = x + (embedding.weight[:T] if positions is None else embedding(positions))
-        x = F.dropout(x, c.dropout, self.training)
+        if c.dropout:  # what is never looked at (training) does not make the compiler start anew
+            x = F.dropout(x, c.dropout, self.training)
         cos = sin = mask = None
         if cache:
             _, K, S, _ = cache[0].keys.shape
@@ -411,8 +412,10 @@ class GPT(nn.Module):
         A target of -1 is not scored.
         """
         x = self.hidden(idx)
-        if targets is None:
-            return self.head(x)
+        return self.head(x) if targets is None else self.loss(x, targets)
+
+    def loss(self, x, targets):
+        """Mean loss in nats, over targets (B, T) that are not -1, of what hidden() gives."""
         c = self.config
         weight = self.token_embedding.weight
         training = torch.is_grad_enabled()

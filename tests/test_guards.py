@@ -295,6 +295,9 @@ def test_compiled_run_has_all_its_graphs_after_the_first_step_and_no_breaks(tiny
     finally:
         torch._dynamo.reset()
     assert_all_graphs_came_with_the_first_step(tmp_path / 'run')
+    # One of the blocks for both; on a CPU of the loss, in training and in evaluation, one for each
+    # of its two sizes of chunk.
+    assert summary(tmp_path / 'run')['compiled_graphs'] == 5
     plain, compiled = losses(tmp_path / 'plain'), losses(tmp_path / 'run')
     assert all(abs(plain[step] - compiled[step]) < 1e-3 for step in plain)
 

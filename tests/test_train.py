@@ -206,6 +206,19 @@ def test_evaluation_is_the_mean_over_the_first_windows(tiny, tmp_path, tiny_data
         assert abs(first - expected) < 1e-6
 
 
+def test_compiled_evaluation_has_no_dropout(tiny):
+    """Although it runs as if for gradients, as training does."""
+    run = train.prepare_run(*train.read_settings(tiny(compile=True, n_layer=1, dropout=0.3)))
+    run.log.close()
+    try:
+        train.one_step(run)
+        compiled = train.evaluate(run).item()
+    finally:
+        torch._dynamo.reset()
+    run.model.uncompile_parts()
+    assert abs(compiled - train.evaluate(run).item()) < 1e-6
+
+
 def test_very_last_token_can_be_scored(tiny, tiny_data, tmp_path):
     tokens = open_data(str(tiny_data), 'tiny').val.tokens
     block = next(b for b in range(32, tokens) if (tokens - 1) % b == 0)
