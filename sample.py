@@ -162,7 +162,7 @@ def draw(logits, temperature, top_k, top_p, numbers):
         logits, order = logits.topk(top_k or logits.size(-1))  # (B, K) each, likeliest first
         highest = logits[:, :1]  # nan counts as more than any other
         # The highest is moved to 0, because low temperatures overflow.
-        probabilities = ((logits - highest).double() / temperature).softmax(-1)
+        probabilities = ((logits.double() - highest) / temperature).softmax(-1)
         if top_p < 1:  # a token goes if those before it are enough
             before = probabilities.cumsum(-1) - probabilities
             probabilities = probabilities.masked_fill(before >= top_p, 0)
@@ -192,7 +192,7 @@ def generate(reader, block_size, prompts, seeds, max_new_tokens, temperature, to
         if step % AHEAD == 0:
             numbers = [torch.rand(AHEAD, dtype=torch.float64, generator=g) for g in generators]
             numbers = torch.stack(numbers, 1).to(logits.device)  # (AHEAD, B)
-        drawn = draw(logits.float(), temperature, top_k, top_p, numbers[step % AHEAD])
+        drawn = draw(logits, temperature, top_k, top_p, numbers[step % AHEAD])
         tokens = drawn.to('cpu', non_blocking=True)
         copied = torch.cuda.current_stream().record_event() if drawn.is_cuda else None
         logits = None

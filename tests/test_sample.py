@@ -56,6 +56,16 @@ def test_top_p_counts_among_the_top_k():
     assert set(draw(logits, 1.0, 2, 0.56, numbers(300)).tolist()) == {0}
 
 
+@pytest.mark.parametrize('told', [(0, 0, 1.0), (0.8, 20, 1.0), (0.7, 0, 0.9)], ids=str)
+def test_logits_in_bfloat16_are_drawn_from_as_they_are(told):
+    logits = torch.randn(300, 100, generator=torch.Generator().manual_seed(1)).bfloat16()
+    drawn, expected = draw(logits, *told, numbers(300)), draw(logits.double(), *told, numbers(300))
+    likely = logits.gather(1, torch.stack([drawn, expected], 1))
+    assert torch.equal(likely[:, 0], likely[:, 1])  # of equally likely ones it may be another
+    broken = logits.index_fill(1, torch.tensor(7), torch.nan)
+    assert draw(broken, *told, numbers(300)).tolist() == [-1] * 300
+
+
 @pytest.mark.parametrize('told', [(0, 0, 1.0), (1.0, 0, 1.0), (1.0, 2, 0.9)], ids=str)
 def test_a_draw_asks_the_device_nothing(told, monkeypatch):
     def asked(*arguments):
