@@ -12,7 +12,7 @@ _optimizers = {
 varied = ['optimizer', 'spam_mode', 'learning_rate', 'min_lr']
 runs = {}
 for _seed in (1, 2, 3):
-    for _rate in (5e-3, 1e-2, 2e-2, 4e-2):
+    for _rate in (2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2):
         for _name, _told in _optimizers.items():
             _rates = dict(learning_rate=_rate, min_lr=_rate / 10)
             runs[f'{_name}_{_rate}_{_seed}'] = dict(_told, **_rates, seed=_seed)
