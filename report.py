@@ -166,8 +166,10 @@ def unfair(runs, varied=()):
 # --- picture; a curve is an array (2, N): millions of training tokens, values ---------------------
 
 FONT = 8  # points
-HEIGHTS = {'perplexity': 5, 'validation loss': 5, 'minus the first': 2.5, 'sparsity': 1,
-           'learning rate': 1}
+ROW = 1.25 * FONT / 72  # inches, of text
+HEIGHTS = {'perplexity': 2.5, 'validation loss': 2.5, 'minus the first': 1.25, 'sparsity': 0.5,
+           'learning rate': 0.5}  # inches
+LABELLED = {'perplexity', 'validation loss', 'minus the first'}  # a row of text for each curve
 
 
 def series(run, key):
@@ -232,8 +234,9 @@ def picture(arms, curves=''):
             del panels[label]
     pruned = [run for run in runs if run.told.get('sparsity_by_layer')]
     beside = ['map'] if pruned else []
-    heights = [HEIGHTS[label] for label in panels]
-    figure = matplotlib.figure.Figure((12.5, 3 + sum(heights) / 2), 120, layout='constrained')
+    heights = [max(HEIGHTS[label], ROW * len(curves) * (label in LABELLED))
+               for label, curves in panels.items()]
+    figure = matplotlib.figure.Figure((12.5, 3 + sum(heights)), 120, layout='constrained')
     axes = figure.subplot_mosaic([[label, *beside] for label in panels], height_ratios=heights,
                                  width_ratios=[4, 1][:1 + len(beside)])
     if pruned:
@@ -244,7 +247,7 @@ def picture(arms, curves=''):
         for i, run in enumerate(runs):
             axes['validation loss'].plot(*series(run, 'loss'), color=f'C{i}', linewidth=0.2)
     figure.draw_without_rendering()  # fixes the heights of the panels
-    for label in {'perplexity', 'validation loss', 'minus the first'} & panels.keys():
+    for label in LABELLED & panels.keys():
         label_ends(axes[label], panels[label])
     return figure
 
@@ -279,12 +282,19 @@ def label_ends(axis, names):
     shown = np.concatenate([y[x >= min(start, x[-1])] for x, y in curves])
     margin = 0.05 * np.ptp(shown) or 0.1
     axis.set_ylim(shown.min() - margin, shown.max() + margin)
-    row = 1.25 * FONT / 72 * axis.figure.dpi / axis.bbox.height  # of text, as a share of the height
-    ends = [(line.get_ydata()[-1], line.get_xdata()[-1], name, line.get_color())
-            for line, name in zip(axis.lines, names) if line in lines]
+    row = ROW * axis.figure.dpi / axis.bbox.height * np.ptp(axis.get_ylim())
+    ends = sorted((line.get_ydata()[-1], line.get_xdata()[-1], name, line.get_color())
+                  for line, name in zip(axis.lines, names) if line in lines)
+    heights = []
     height = -math.inf
-    for y, x, name, color in sorted(ends):
-        height = max(y, height + row * np.ptp(axis.get_ylim()))
+    for y, *_ in ends:
+        height = max(y, height + row)
+        heights.append(height)
+    highest = max(axis.get_ylim())
+    for i in reversed(range(len(ends))):  # what was pushed out comes down again
+        heights[i] = min(heights[i], highest)
+        highest = heights[i] - row
+    for (y, x, name, color), height in zip(ends, heights):
         leader = dict(arrowstyle='-', color=color, linewidth=0.6, linestyle=':', relpos=(0, 0.5))
         axis.annotate(f'{name}  {y:.3f}', (x, y), (1.03, height), color=color, va='center',
                       textcoords=axis.get_yaxis_transform(), arrowprops=leader,

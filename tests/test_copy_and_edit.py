@@ -110,7 +110,7 @@ def test_a_run_of_a_copied_train_py_is_resumed_sampled_and_reported(copied, tiny
 def test_budget_of_lines():
     """The house stays small: see make lines."""
     loaded = count_lines.loaded_by(HOME / 'train.py')
-    assert sum(map(count_lines.length, count_lines.SOURCES)) <= 6_405
+    assert sum(map(count_lines.length, count_lines.SOURCES)) <= 6_415
     assert sum(map(count_lines.length, loaded)) <= 4_655
     assert max(map(count_lines.length, count_lines.SOURCES)) <= 630
 

@@ -326,6 +326,20 @@ def test_labels_stand_level_with_their_ends_and_do_not_overlap(run):
     assert [text.get_color() for text in axis.texts] == [line.get_color() for line in axis.lines]
 
 
+def test_labels_of_many_runs_find_room(run, recwarn):
+    """Most of them end at the top of the panel; and the map of sparsities is beside them."""
+    folders = [run(f'run_{i}', final=3.0 + (i > 2) + i / 1000, sparsity=0.5) for i in range(40)]
+    figure = drawn(*folders)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    assert not [warning for warning in recwarn if 'layout' in str(warning.message)]
+    axis = axis_of(figure, 'validation loss')
+    boxes = [height_of(text, canvas) for text in axis.texts]
+    assert len(boxes) == 40 and all(low[1] < high[0] for low, high in zip(boxes, boxes[1:]))
+    panel = axis.get_window_extent()
+    assert panel.y0 - 10 < boxes[0][0] and boxes[-1][1] < panel.y1 + 10
+
+
 def test_map_shows_the_sparsity_of_each_matrix_of_the_first_pruned_run(run):
     pruned = [run(f'p{i}', sparsity=0.2 + 0.1 * i) for i in range(3)]
     axis = axis_of(drawn(run('dense'), *pruned), 'layer')
