@@ -5,6 +5,7 @@ width, R rotary numbers of a head, S places of a cache, V padded vocabulary. Mat
 bfloat16 beside vectors in float32: activations have the matrices' type, and whatever a vector
 touches is computed in float32.
 """
+import functools
 import math
 from dataclasses import dataclass, fields
 from typing import NamedTuple
@@ -346,6 +347,14 @@ class Block(nn.Module):
         return x + self.dropout(self.mlp(self.norm_2(x)))
 
 
+def run_with_gradients(function, *arguments):
+    """Its result, by the graph that is compiled for gradients, also where none are wanted: so that
+    evaluation need not wait for a graph of its own."""
+    with torch.enable_grad():
+        result = function(*arguments)
+    return result if torch.is_grad_enabled() else result.detach()
+
+
 class GPT(nn.Module):
     """GPT-2 (Radford et al. 2019): pre-norm, head tied to the token embedding."""
 
@@ -412,10 +421,8 @@ class GPT(nn.Module):
         A target of -1 is not scored.
         """
         x = self.hidden(idx)
-        return self.head(x) if targets is None else self.loss(x, targets)
-
-    def loss(self, x, targets):
-        """Mean loss in nats, over targets (B, T) that are not -1, of what hidden() gives."""
+        if targets is None:
+            return self.head(x)
         c = self.config
         weight = self.token_embedding.weight
         training = torch.is_grad_enabled()
@@ -451,7 +458,9 @@ class GPT(nn.Module):
         device = self.token_embedding.weight.device
         if self.config.windowed and device.type == 'cuda':
             block_masks(self.config.block_size, self.config.ra_window, device)
-        self.hidden = torch.compile(self.hidden, fullgraph=True, dynamic=False)
+        blocks = torch.compile(self.hidden, fullgraph=True, dynamic=False)
+        # float8 is in training only: that is another graph.
+        self.hidden = blocks if self.config.fp8 else functools.partial(run_with_gradients, blocks)
         self.loss_chunk = torch.compile(loss_chunk, fullgraph=True, dynamic=False)
 
     def uncompile_parts(self):

@@ -284,13 +284,8 @@ def mean_loss(run, stream, windows):
 
 @torch.no_grad()
 def local_loss(run, stream, windows):
-    """Sum of the losses of these windows; unscored rows fill up the last batch: one shape.
-
-    As if for gradients, if the blocks are compiled: so the graph of training serves here as well,
-    where training computes the same, and the compiler need not make another.
-    """
+    """Sum of the losses of these windows; unscored rows fill up the last batch: one shape."""
     s = active_settings(run)
-    graph_of_training = s.compile and not s.fp8
     total = torch.zeros((), dtype=torch.float64, device=run.machine.device)
     run.model.eval()
     for i in range(0, len(windows), s.batch_size):
@@ -298,9 +293,7 @@ def local_loss(run, stream, windows):
         filled = chosen + [chosen[-1]] * (s.batch_size - len(chosen))
         idx, targets = inputs_and_targets(run.machine.device, stream, filled, s.block_size)
         targets[len(chosen):] = -1  # not scored
-        with torch.set_grad_enabled(graph_of_training):
-            x = run.model.hidden(idx).detach()  # (B, T, C)
-        total += run.model.loss(x, targets).double() * len(chosen)
+        total += run.model(idx, targets).double() * len(chosen)
     return total
 
 

@@ -111,7 +111,7 @@ def test_budget_of_lines():
     """The house stays small: see make lines."""
     loaded = count_lines.loaded_by(HOME / 'train.py')
     assert sum(map(count_lines.length, count_lines.SOURCES)) <= 6_415
-    assert sum(map(count_lines.length, loaded)) <= 4_655
+    assert sum(map(count_lines.length, loaded)) <= 4_660
     assert max(map(count_lines.length, count_lines.SOURCES)) <= 630
 
 
