@@ -458,9 +458,9 @@ class GPT(nn.Module):
         device = self.token_embedding.weight.device
         if self.config.windowed and device.type == 'cuda':
             block_masks(self.config.block_size, self.config.ra_window, device)
-        blocks = torch.compile(self.hidden, fullgraph=True, dynamic=False)
-        # float8 is in training only: that is another graph.
-        self.hidden = blocks if self.config.fp8 else functools.partial(run_with_gradients, blocks)
+        self.hidden = torch.compile(self.hidden, fullgraph=True, dynamic=False)
+        if not self.config.dropout and not self.config.fp8:  # which training alone has
+            self.hidden = functools.partial(run_with_gradients, self.hidden)
         self.loss_chunk = torch.compile(loss_chunk, fullgraph=True, dynamic=False)
 
     def uncompile_parts(self):

@@ -207,7 +207,6 @@ def test_evaluation_is_the_mean_over_the_first_windows(tiny, tmp_path, tiny_data
 
 
 def test_compiled_evaluation_has_no_dropout(tiny):
-    """Although it runs as if for gradients, as training does."""
     run = train.prepare_run(*train.read_settings(tiny(compile=True, n_layer=1, dropout=0.3)))
     run.log.close()
     try:
