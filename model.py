@@ -392,7 +392,7 @@ class GPT(nn.Module):
         if c.positions == 'learned':
             embedding = self.position_embedding
             x = x + (embedding.weight[:T] if positions is None else embedding(positions))
-        if c.dropout:  # what is never looked at (training) does not make the compiler start anew
+        if c.dropout:  # a look at self.training would cost the compiler a graph for evaluation
             x = F.dropout(x, c.dropout, self.training)
         cos = sin = mask = None
         if cache:

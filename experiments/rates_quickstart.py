@@ -9,7 +9,7 @@ _arms = {
     '50': dict(prune_score='magnitude', target_sparsity=0.5, prune_start=500, prune_end=980),
     '75': dict(prune_score='magnitude', target_sparsity=0.75, prune_start=500, prune_end=980),
 }
-varied = ['learning_rate', 'min_lr', 'target_sparsity']
+varied = ['learning_rate', 'min_lr', 'prune_score', 'target_sparsity']
 runs = {}
 for _seed in (1, 2, 3):
     for _rate in (2.5e-3, 5e-3, 1e-2, 2e-2):
