@@ -209,11 +209,10 @@ def generate(reader, block_size, prompts, seeds, max_new_tokens, temperature, to
         for row, token in enumerate(tokens):
             ended[row] |= token == end
             seen[row].append(token)
-            if logits is None:  # the texts are read from here
-                if ended[row]:
-                    seen[row] = [token]  # what it draws after its end is of no use
-                elif len(seen[row]) > block_size:
-                    seen[row] = seen[row][-max(1, block_size // 2):]
+            if ended[row] and logits is None:  # a step that has begun still reads it as it is
+                seen[row] = [token]  # what it draws after its end is of no use
+            elif len(seen[row]) > block_size:
+                seen[row] = seen[row][-max(1, block_size // 2):]
         if all(ended):
             return
 

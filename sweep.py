@@ -4,7 +4,7 @@
 
 An experiment is a Python file with `base`, a preset, `runs`, {name: {setting: value}}, `common`,
 settings of all runs, and `varied`, those that report.py expects to differ. Call it again until all
-are finished. It ends with report.py's table and picture, and copies to results/NAME/RUN/.
+are finished. It ends with report.py's table and picture, and figures in results/NAME/RUN/.
 """
 import json
 import os
@@ -25,7 +25,7 @@ SAVING_SECONDS = 60  # a run may take to save after SIGTERM
 
 @dataclass
 class SweepSettings:
-    gpus: int = 0  # of CUDA_VISIBLE_DEVICES; each holds a run; 0: one run, as its settings say
+    gpus: int = 0  # first of CUDA_VISIBLE_DEVICES, a run each; 0: a run at a time, as settings say
     gpus_a_run: int = 1  # more than 1: each run by torchrun over so many
     time_limit: int = 0  # seconds after which all runs save and stop, to be continued; 0: none
     out_dir: Path = 'out'  # runs go to OUT_DIR/NAME/RUN
